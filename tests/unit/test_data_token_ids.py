@@ -21,8 +21,11 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
 
+from align.core.errors import DataError
 from align.core.types import Example
+from align.data.render import token_text
 from align.data.render.chat import ChatFormat
+from align.data.render.rendering import DirectTemplate
 from align.data.render.templates import TEMPLATES
 from align.data.render.token_text import TokenText
 from align.preflight import tokens
@@ -242,6 +245,70 @@ def test_ids_are_those_of_apply_chat_template_and_the_mask_is_what_is_said(
                     turns[:i], tokenize=True, add_generation_prompt=True, return_dict=False
                 )
                 assert chat.prompt_ids(turns[:i]) == served
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MADE)
+def test_rows_made_together_are_those_made_one_by_one(
+    name: str, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_text, "_TOGETHER", 60)
+    tokenizer = MADE[name]()
+    tokenizer.chat_template = SHAPES[shape][0]
+    chat = ChatFormat(tokenizer)
+    examples = [
+        Example(prompt=[], completion=CONVERSATIONS[0], source="a:1", weight=0.5),
+        Example(prompt="Hi th", completion="ere", source="a:2"),
+        Example(prompt=CONVERSATIONS[1][:-1], completion=CONVERSATIONS[1][-1:], label_prob=0.25),
+        Example(prompt=[], completion=CONVERSATIONS[0], source="a:4"),
+    ]
+    rows = chat.sft_rows(examples)
+    assert rows == [ChatFormat(tokenizer).sft_row(example) for example in examples]
+    assert [row.label_prob for row in rows] == [1.0, 1.0, 0.25, 1.0]
+    with pytest.raises(DataError, match="a:5"):
+        chat.sft_rows([*examples, Example(prompt=[], completion=[], source="a:5")])
+    assert chat.sft_rows(examples) == rows
+    assert chat.sft_rows([]) == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_template_is_rendered_as_the_tokenizer_renders_it(shape: str) -> None:
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = SHAPES[shape][0] + "{% if tools %}{{ tools }}{% endif %}{{ more }}"
+    direct = DirectTemplate(tokenizer)
+    for turns in CONVERSATIONS:
+        for options in (
+            {"add_generation_prompt": True},
+            {"add_generation_prompt": False},
+            {"add_generation_prompt": False, "tools": [{"name": "f"}]},
+            {"add_generation_prompt": False, "more": "<s>"},
+        ):
+            theirs = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+            assert direct.apply_chat_template(turns, **options) == theirs
+    with pytest.raises(ValueError, match="empty conversation"):
+        direct.apply_chat_template([], add_generation_prompt=True)
+    # Other templates and special tokens, and several templates, from now on.
+    tokenizer.chat_template = {"default": "{{ eos_token }}", "tool_use": "tools"}
+    assert direct.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=True) == "</s>"
+    tokenizer.chat_template = "{{ eos_token }}{{ messages | length }}"
+    tokenizer.eos_token = "<|im_end|>"
+    said = direct.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=True)
+    assert said == "<|im_end|>2"
+
+
+def test_a_tokenizer_that_renders_by_itself_is_asked() -> None:
+    class Own(PreTrainedTokenizerFast):
+        def apply_chat_template(self, *_: object, **__: object) -> str:
+            return "mine"
+
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = "theirs"
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer, chat_template="theirs")
+    for asked, expected in ((tokenizer, "theirs"), (own, "mine")):
+        found = DirectTemplate(asked).apply_chat_template(
+            CONVERSATIONS[0], add_generation_prompt=False
+        )
+        assert found == expected
 
 
 @pytest.mark.parametrize("name", MADE)

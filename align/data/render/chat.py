@@ -20,9 +20,11 @@ from align.data.render.content import (
     check_shape,
     check_tools,
     check_turns,
+    is_tie,
     message_of,
     shape_of,
 )
+from align.data.render.rendering import DirectTemplate
 from align.data.render.templates import (
     FAMILIES,
     NEEDED,
@@ -33,7 +35,16 @@ from align.data.render.templates import (
     template_text,
     with_stop,
 )
-from align.data.render.token_text import TokenText, num_shared, weighed_row
+from align.data.render.token_text import (
+    TokenText,
+    Written,
+    believed,
+    leading_bos,
+    num_head,
+    num_shared,
+    token_texts,
+    weighed_row,
+)
 from align.recipe.schema import TokenizerSpec
 from reward_models.limits import LimitError, render_chat
 
@@ -79,10 +90,11 @@ class ChatFormat:
             raise DataError(needs("stop_token"))
         self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
         self._stops = frozenset(self.stop_token_ids)
-        self._bos = _leading_bos(tokenizer)
+        self._bos = leading_bos(tokenizer)
         self._shapes: set[str] = set()
         self._told = False
         self._endless = ""
+        self._template = DirectTemplate(tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
@@ -137,8 +149,20 @@ class ChatFormat:
         Raises:
             DataError: the template rewrites earlier turns, or there is nothing to train.
         """
-        row = self._row(example, example.completion)
-        return replace(row, label_prob=example.label_prob)
+        return believed(self._row(example, example.completion), example)
+
+    def sft_rows(self, examples: Sequence[Example]) -> list[TokenRow]:
+        """Return ``sft_row`` of each example, faster; any invalid one may be the one reported."""
+        try:
+            written = [self._written(e, e.completion) for e in examples]
+        except DataError:
+            self._endless = ""  # by which row a template has no end, ``sft_row`` finds out
+            raise
+        texts = token_texts(self.tokenizer, [x.text for x in written if x is not None])
+        return [
+            self.sft_row(e) if x is None else believed(self._marked(x, next(texts), e), e)
+            for e, x in zip(examples, written, strict=True)
+        ]
 
     def pair_row(self, example: Example) -> PairRow:
         """Return both responses tokenized after one shared prompt, with identical prompt ids.
@@ -164,16 +188,8 @@ class ChatFormat:
             source=example.source,
             tie=is_tie(example),
             label_prob=example.label_prob,
-            num_head_tokens=self._num_head(chosen.input_ids[:prompt_end]),
+            num_head_tokens=num_head(chosen.input_ids[:prompt_end], self.tokenizer),
         )
-
-    def _num_head(self, prompt_ids: Sequence[int]) -> int:
-        """Return 1 if a prompt begins with BOS, whoever wrote it, else 0.
-
-        A template may use the same token for each turn; then it marks a turn, not the beginning.
-        """
-        bos = self.tokenizer.bos_token_id
-        return int(prompt_ids[:1] == (bos,) and bos not in prompt_ids[1:])
 
     def _until_stop(self, example: Example, completion: Text | None) -> TokenRow:
         """Return a row without the text that the template writes after the last trained token."""
@@ -186,11 +202,18 @@ class ChatFormat:
         return [] if ids[:1] == self._bos else self._bos
 
     def _row(self, example: Example, completion: Text | None) -> TokenRow:
+        written = self._written(example, completion)
+        if written is None:
+            return self._plain_row(cast("str", example.prompt), cast("str", completion), example)
+        return self._marked(written, TokenText(self.tokenizer, written.text), example)
+
+    def _written(self, example: Example, completion: Text | None) -> Written | None:
+        """Return the rendered conversation of an example; None if it is plain text."""
         prompt = example.prompt
         if not completion:
             raise DataError(f"{example.source}: there is no completion to train on")
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self._plain_row(prompt, completion, example)
+            return None
         if isinstance(completion, str):
             completion = [Turn(role="assistant", content=completion)]
         if isinstance(prompt, str):
@@ -214,8 +237,8 @@ class ChatFormat:
         ids = head + answer
         return weighed_row(ids, [(len(head), len(ids), example.weight)], example.source)
 
-    def _conversation(self, prompt: list[Turn], answer: list[Turn], example: Example) -> TokenRow:
-        turns, source = prompt + answer, example.source
+    def _conversation(self, prompt: list[Turn], answer: list[Turn], example: Example) -> Written:
+        turns = prompt + answer
         # Render up to each assistant turn to find the characters at which it begins and ends.
         ends: list[tuple[int, int, int]] = []
         done = ""
@@ -223,8 +246,11 @@ class ChatFormat:
             if turn["role"] == "assistant":
                 head, done = self._around(turns, i, example, done=done)
                 ends.append((i, len(head), len(done)))
-        # Tokenize the whole text once and assign a weight to each token.
-        text = TokenText(self.tokenizer, done)
+        return Written(turns, len(prompt), done, ends)
+
+    def _marked(self, written: Written, text: TokenText, example: Example) -> TokenRow:
+        """Return the row of a conversation whose whole text was tokenized, with its weights."""
+        (turns, num_prompt, done, ends), source = written, example.source
         spans: list[tuple[int, int, float]] = []
         place, first = 0, 0
         for i, begin, end in ends:
@@ -233,7 +259,7 @@ class ChatFormat:
             start, stop = text.before(begin), text.before(end)
             stop = self._stop_in(text.ids[start:stop], done[begin:end], source=source) + start
             # Assistant turns in the prompt are context and are not trained.
-            if i >= len(prompt):
+            if i >= num_prompt:
                 weight = turns[i].get("weight", 1.0) * example.weight
                 spans.append((start, stop + 1, weight))
             # Everything before this turn, then the turn itself, must appear in the rendered text.
@@ -294,7 +320,8 @@ class ChatFormat:
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
         done = ""
         if last >= 0:
-            self._conversation([], turns[: last + 1], replace(example, weight=1.0))
+            history = replace(example, prompt=[], weight=1.0)
+            self._row(history, turns[: last + 1])
             done = self._render(turns[: last + 1], example=example, add_generation_prompt=False)
         head = self._render(turns, example=example, add_generation_prompt=True)
         check_prefix(done, head, source=example.source)
@@ -319,14 +346,14 @@ class ChatFormat:
             raise DataError(f"{example.source}: a conversation, but {needs('chat_template')}")
         if self._endless:
             raise DataError(f"{example.source}: not rendered: {self._endless}")
+        tools = {"tools": [dict(tool) for tool in example.tools]} if example.tools else {}
         try:
             return str(
                 render_chat(
-                    self.tokenizer,
+                    self._template,
                     [message_of(turn) for turn in turns],
-                    tools=[dict(tool) for tool in example.tools] or None,
-                    tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    **tools,
                     **example.template_kwargs,
                 )
             )
@@ -340,27 +367,6 @@ class ChatFormat:
                 f"{example.source}: the chat template rejects roles {roles}: "
                 f"{error or type(error).__name__}"
             ) from error
-
-
-def is_tie(example: Example) -> bool:
-    """Return the column ``tie`` of a pair; without it, the pair has a winner.
-
-    Raises:
-        DataError: the value is neither true nor false.
-    """
-    tie = example.columns.get("tie", False)
-    if isinstance(tie, str) and tie.lower() in ("true", "false"):
-        tie = tie.lower() == "true"  # CSV files have no booleans
-    if not isinstance(tie, bool):
-        raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
-    return tie
-
-
-def _leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    bos = tokenizer.bos_token_id
-    # Some tokenizers have a BOS but never write it, so ask instead of reading the setting.
-    ids = list(tokenizer("a")["input_ids"])
-    return [bos] if isinstance(bos, int) and ids[:1] == [bos] else []
 
 
 def apply_tokenizer_spec(tokenizer: "PreTrainedTokenizerBase", spec: TokenizerSpec) -> list[str]:

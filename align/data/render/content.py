@@ -191,3 +191,17 @@ def check_prefix(before: str, after: str, *, source: str) -> None:
         f"{after[at : at + 40]!r}; Use a template that only appends: "
         f"stages.<base>.tokenizer.chat_template: {', '.join(FAMILIES)}"
     )
+
+
+def is_tie(example: Example) -> bool:
+    """Return the column ``tie`` of a pair; without it, the pair has a winner.
+
+    Raises:
+        DataError: the value is neither true nor false.
+    """
+    tie = example.columns.get("tie", False)
+    if isinstance(tie, str) and tie.lower() in ("true", "false"):
+        tie = tie.lower() == "true"  # CSV files have no booleans
+    if not isinstance(tie, bool):
+        raise DataError(f"{example.source}: tie: expected true or false, found {tie!r}")
+    return tie

@@ -1,12 +1,53 @@
 """A text that is tokenized once, with a mapping from characters to tokens."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from align.core.types import TokenRow
+from align.core.types import Example, TokenRow, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TOGETHER = 2**18
+"""Characters that are tokenized in one call."""
+
+
+class Written(NamedTuple):
+    """A rendered conversation: its turns, how many of them are the prompt, and the whole text.
+
+    ``ends`` has the number of each assistant turn, and the characters between which it is.
+    """
+
+    turns: list[Turn]
+    num_prompt: int
+    text: str
+    ends: list[tuple[int, int, int]]
+
+
+def believed(row: TokenRow, example: Example) -> TokenRow:
+    """Return a row with the probability of its label, which is 1 if nothing says otherwise."""
+    if row.label_prob == example.label_prob:
+        return row
+    return replace(row, label_prob=example.label_prob)
+
+
+def leading_bos(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the BOS that a tokenizer writes before a text; empty if it writes none."""
+    bos = tokenizer.bos_token_id
+    # Some tokenizers have a BOS but never write it, so ask instead of reading the setting.
+    ids = list(tokenizer("a")["input_ids"])
+    return [bos] if isinstance(bos, int) and ids[:1] == [bos] else []
+
+
+def num_head(prompt_ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return 1 if a prompt begins with BOS, whoever wrote it, else 0.
+
+    A template may use the same token for each turn; then it marks a turn, not the beginning.
+    """
+    bos = tokenizer.bos_token_id
+    return int(prompt_ids[:1] == (bos,) and bos not in prompt_ids[1:])
 
 
 def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -29,15 +70,15 @@ def weighed_row(
     return TokenRow(tuple(ids), tuple(trained), source, weights=() if plain else tuple(weights))
 
 
-def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any] | None:
-    """Return the method of the fast tokenizer below that gives what ``tokenizer(text)`` gives.
+def plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the fast tokenizer below, if its encodings are what ``tokenizer(text)`` gives.
 
     None if the tokenizer does more than to call it, or settings of an earlier call are left in it.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind, fast = type(tokenizer), PreTrainedTokenizerFast
-    if not isinstance(tokenizer, fast) or hasattr(tokenizer, "_switch_to_input_mode"):
+    if not isinstance(tokenizer, fast) or hasattr(kind, "_switch_to_input_mode"):
         return None
     if kind.__call__ is not fast.__call__ or kind._encode_plus is not fast._encode_plus:
         return None
@@ -45,7 +86,27 @@ def encoder_of(tokenizer: "PreTrainedTokenizerBase") -> Callable[..., Any] | Non
     is_plain = backend.truncation is None and backend.padding is None
     if not is_plain or backend.encode_special_tokens != tokenizer.split_special_tokens:
         return None
-    return backend.encode
+    return backend
+
+
+def token_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]
+) -> Iterator["TokenText"]:
+    """Yield the token ids of texts, tokenized several at a time where that changes nothing."""
+    backend = plain_backend(tokenizer)
+    if backend is None:
+        yield from (TokenText(tokenizer, text) for text in texts)
+        return
+    start = 0
+    while start < len(texts):
+        # Encodings take much more memory than texts.
+        stop, size = start + 1, len(texts[start])
+        while stop < len(texts) and (size := size + len(texts[stop])) <= _TOGETHER:
+            stop += 1
+        found = backend.encode_batch(list(texts[start:stop]), add_special_tokens=False)
+        for text, encoding in zip(texts[start:stop], found, strict=True):
+            yield TokenText(tokenizer, text, encoding)
+        start = stop
 
 
 class TokenText:
@@ -57,15 +118,19 @@ class TokenText:
     Args:
         tokenizer: any tokenizer; without character offsets, prefixes are tokenized instead.
         text: the whole text, without the special tokens that the tokenizer would add.
+        encoding: of the text, by the backend of the tokenizer; None to make it.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", text: str, encoding: Any = None
+    ) -> None:
         self._tokenizer, self._text = tokenizer, text
-        self._encoding: Any = None
         self._spans: Sequence[tuple[int, int]] | None = None
-        if (encode := encoder_of(tokenizer)) is not None:
+        if encoding is None and (backend := plain_backend(tokenizer)) is not None:
+            encoding = backend.encode(text, add_special_tokens=False)
+        self._encoding: Any = encoding
+        if encoding is not None:
             # Most rows need two of the offsets; a list of all of them costs a tenth of the time.
-            self._encoding = encode(text, add_special_tokens=False)
             self.ids: list[int] = self._encoding.ids
             return
         is_fast = bool(tokenizer.is_fast)

@@ -38,7 +38,7 @@ from align.data.reading import read_log
 from align.data.reading.bounds import is_large
 from align.data.reading.sources import find_files
 from align.data.render.chat import ChatFormat
-from align.data.render.token_text import encoder_of
+from align.data.render.token_text import plain_backend
 from align.data.store.build import Render, build_store
 from align.data.store.collect import collected
 from align.data.store.folder import open_or_build, remove
@@ -137,7 +137,7 @@ def _large_files(spec: DataSpec, *, kind: Kind, render: Render) -> list[Path]:
     # A function of the user may read anything, so its rows cannot be known to be the same again.
     if spec.path is None or spec.map is not None or spec.rows is not None or kind not in KINDS:
         return []
-    if (chat := _chat_of(render)) is None or encoder_of(chat.tokenizer) is None:
+    if (chat := _chat_of(render)) is None or plain_backend(chat.tokenizer) is None:
         return []
     files = find_files(source_of(spec)[0])
     return files if is_large(files) else []

@@ -8,12 +8,15 @@ import logging
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError
 from align.core.types import Example
+from align.data.render.chat import ChatFormat
 from align.data.store.collect import collected
 from align.data.store.columns import Column, value_of
 from align.data.store.layout import Done, Job, pack_rows
@@ -23,16 +26,24 @@ from reward_models.limits import many_rows
 def tokenized(job: Job, examples: Column, render: Callable[[Example], Any]) -> Done:
     """Return the rows of a chunk."""
     data = examples.read(job.start, sum(job.sizes))
-    rows, at = [], 0
+    ends = list(accumulate(job.sizes, initial=0))
+    records = [data[start:end] for start, end in pairwise(ends)]
     lines: list[tuple[int, str]] = []
     try:
         with collected(lines), many_rows():
-            for size in job.sizes:
-                rows.append(render(value_of(data[at : at + size])))
-                at += size
+            rows = _rows(records, render)
     except AlignError as error:
         return Done(None, error, lines)
     return Done(pack_rows(rows), None, lines)
+
+
+def _rows(records: Sequence[bytes], render: Callable[[Example], Any]) -> list[Any]:
+    chat = getattr(render, "__self__", None)
+    if isinstance(chat, ChatFormat) and render == chat.sft_row:
+        # Together it is faster. One by one, the first invalid row is the one that is reported.
+        with suppress(AlignError):
+            return chat.sft_rows([value_of(data) for data in records])
+    return [render(value_of(data)) for data in records]
 
 
 def main() -> None:

@@ -1,0 +1,61 @@
+"""Chat templates rendered directly, without what transformers does around each call."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_BASE = PreTrainedTokenizerBase
+
+
+class DirectTemplate:
+    """A tokenizer's ``apply_chat_template`` for text, at half of its cost.
+
+    Attributes:
+        name_or_path: of the tokenizer, for messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.name_or_path = tokenizer.name_or_path
+
+    def apply_chat_template(self, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Return the text that the tokenizer's method returns.
+
+        Args:
+            turns: a conversation.
+            options: ``add_generation_prompt``; anything else is left to the tokenizer.
+        """
+        text = self._tokenizer.chat_template
+        is_plain = options.keys() == {"add_generation_prompt"} and bool(turns)
+        if not is_plain or not isinstance(text, str) or not _is_usual(self._tokenizer):
+            given: Any = list(turns)
+            return str(self._tokenizer.apply_chat_template(given, tokenize=False, **options))
+        return _compiled(text).render(
+            messages=turns,
+            tools=None,
+            documents=None,
+            **options,
+            **self._tokenizer.special_tokens_map,
+        )
+
+
+def _is_usual(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer renders as transformers' base class does."""
+    kind, names = type(tokenizer), ("apply_chat_template", "get_chat_template")
+    is_own = any(name in vars(tokenizer) for name in names)
+    return not is_own and all(getattr(kind, name) is getattr(_BASE, name) for name in names)
+
+
+@lru_cache(maxsize=16)
+def _compiled(text: str) -> "Template":
+    """Return the template as transformers compiles it."""
+    template: Any = chat_template_utils._compile_jinja_template(text)  # pyright: ignore
+    # A plain dictionary: each rendering copies the globals, and a chain of dictionaries is slow.
+    template.globals = dict(template.globals)
+    return template
