@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
-
 if TYPE_CHECKING:
     from jinja2 import Template
+    from transformers import PreTrainedTokenizerBase
 
-_BASE = PreTrainedTokenizerBase
+_METHODS = ("apply_chat_template", "get_chat_template")
 
 
 class DirectTemplate:
@@ -20,7 +18,7 @@ class DirectTemplate:
         name_or_path: of the tokenizer, for messages.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self.name_or_path = tokenizer.name_or_path
 
@@ -45,16 +43,23 @@ class DirectTemplate:
         )
 
 
-def _is_usual(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_usual(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Return whether a tokenizer renders as transformers' base class does."""
-    kind, names = type(tokenizer), ("apply_chat_template", "get_chat_template")
-    is_own = any(name in vars(tokenizer) for name in names)
-    return not is_own and all(getattr(kind, name) is getattr(_BASE, name) for name in names)
+    return not any(name in vars(tokenizer) for name in _METHODS) and _usual_kind(type(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _usual_kind(kind: type) -> bool:
+    from transformers import PreTrainedTokenizerBase as Base
+
+    return all(getattr(kind, name) is getattr(Base, name) for name in _METHODS)
 
 
 @lru_cache(maxsize=16)
 def _compiled(text: str) -> "Template":
     """Return the template as transformers compiles it."""
+    from transformers.utils import chat_template_utils
+
     template: Any = chat_template_utils._compile_jinja_template(text)  # pyright: ignore
     # A plain dictionary: each rendering copies the globals, and a chain of dictionaries is slow.
     template.globals = dict(template.globals)
