@@ -4,10 +4,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,8 @@ from safetensors.torch import load
 
 from align.core.metrics import described
 from align.pipeline.processes import free_port, stage_argv
+from tests.e2e.warm import Fork
+from tests.moments import signal_at
 
 LIMIT_S = 600.0
 
@@ -116,7 +115,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(
+def run(
     recipe: Path,
     stage: str,
     run_dir: Path,
@@ -125,24 +124,31 @@ def start(
     overrides: Sequence[str] = (),
     flags: Sequence[str] = (),
     kind: str | None = None,
-) -> subprocess.Popen[str]:
-    """Start a stage in a session of its own; ``kind`` where it is not the stage's name."""
+    fresh: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run a stage to its end; give its exit code and everything it said.
+
+    Args:
+        recipe: of the stage. stage: its name. run_dir: where its folder is.
+        ranks: number of processes. overrides: settings. flags: other arguments.
+        kind: of the stage, where it is not its name.
+        fresh: start Python afresh, with these variables in its environment.
+    """
     arguments = [kind or stage, "--recipe", str(recipe), "--stage", stage]
     arguments += ["--run-dir", str(run_dir)]
     arguments += [word for o in overrides for word in ("--set", o)] + list(flags)
-    return subprocess.Popen(
-        stage_argv(arguments, ranks=ranks, on_gpu=False),
+    argv = stage_argv(arguments, ranks=ranks, on_gpu=False)
+    if ranks == 1 and fresh is None:
+        fork = Fork(argv[argv.index("-m") :], environment())
+        return fork.wait(LIMIT_S), fork.said()
+    process = subprocess.Popen(
+        argv,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=environment() | dict(fresh or {}),
         start_new_session=True,
     )
-
-
-def run(recipe: Path, stage: str, run_dir: Path, **options) -> tuple[int, str]:
-    """Run a stage to its end; give its exit code and everything it said."""
-    process = start(recipe, stage, run_dir, **options)
     try:
         said, _ = process.communicate(timeout=LIMIT_S)
     finally:
@@ -157,6 +163,21 @@ def finish(recipe: Path, stage: str, run_dir: Path, **options) -> str:
     return said
 
 
+def half_of(step: int) -> str:
+    """Give the path in a stage's folder that is made in the middle of saving that checkpoint."""
+    return f"checkpoints/step-{step:08d}.tmp/"
+
+
+def interrupt(
+    recipe: Path, stage: str, run_dir: Path, signum: int, at: str, **options
+) -> tuple[int, str]:
+    """Run a stage that gets a signal as it makes the path ``at``; give its exit code and words."""
+    mark = run_dir / f"{stage}-signaled"
+    found = run(recipe, stage, run_dir, fresh=signal_at(f"{stage}/{at}", signum, mark), **options)
+    assert mark.exists(), found[1][-4000:]
+    return found
+
+
 def end(process: subprocess.Popen[str]) -> None:
     """Kill what is left of the process group that ``start`` made."""
     try:
@@ -167,48 +188,20 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def finish_ranks(command: Sequence[str], ranks: int) -> None:
-    """Run a worker as ``ranks`` processes of one group; all must end well."""
+    """Run a worker as ``ranks`` processes of one group; all must end well.
+
+    Args:
+        command: the worker's file and its arguments.
+        ranks: number of processes.
+    """
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    # Files, not pipes: a rank that fills its pipe unread waits for ever, and with it all others.
-    said = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(ranks)]  # noqa: SIM115
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=said[r],
-            stderr=subprocess.STDOUT,
-            env=environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            start_new_session=True,
-        )
+    forks = [
+        Fork(command, environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(ranks)
     ]
-    try:
-        for process in processes:
-            process.wait(timeout=LIMIT_S)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    for process, file in zip(processes, said, strict=True):
-        with file:
-            file.seek(0)
-            assert process.returncode == 0, file.read()[-3000:]
-
-
-def signal_when(
-    process: subprocess.Popen[str], seen: Callable[[], bool], signum: int
-) -> tuple[int, str]:
-    """Signal a running stage as soon as ``seen``; give its exit code and everything it said."""
-    limit = time.monotonic() + LIMIT_S
-    try:
-        while not seen():
-            assert process.poll() is None, process.communicate()[0][-4000:]
-            assert time.monotonic() < limit, "what was waited for did not come"
-            os.sched_yield()
-        os.killpg(process.pid, signum)
-        said, _ = process.communicate(timeout=LIMIT_S)
-    finally:
-        end(process)
-    return process.returncode, said
+    codes = [fork.wait(LIMIT_S) for fork in forks]
+    for fork, code in zip(forks, codes, strict=True):
+        assert code == 0, fork.said()[-3000:]
 
 
 def weights(run_dir: Path, stage: str) -> bytes:
@@ -253,7 +246,7 @@ def two_ranks_equal_one(
     for ranks, zero in ((1, 0), (2, 2), (2, 3)):
         recipe = out / f"{zero}.yaml"
         recipe.write_text(template.format(folder=folder, zero=zero, ranks=ranks), encoding="utf-8")
-        command = [sys.executable, worker, "--recipe", str(recipe), "--run-dir", str(out)]
+        command = [worker, "--recipe", str(recipe), "--run-dir", str(out)]
         finish_ranks([*command, "--stages", *(f"{name}_{zero}" for name in stages)], ranks)
     for name in stages:
         one, *two = (load(weights(out, f"{name}_{zero}")) for zero in (0, 2, 3))

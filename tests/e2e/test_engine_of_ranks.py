@@ -27,7 +27,7 @@ def found(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp(family)
     save_tiny(tiny_decoder(family, 0), folder / "model")
     worker = str(Path(__file__).with_name("one_engine_of_ranks.py"))
-    command = [sys.executable, worker, family, str(folder / "model"), str(folder)]
+    command = [worker, family, str(folder / "model"), str(folder)]
     stage_runs.finish_ranks(command, 2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 

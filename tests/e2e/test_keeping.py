@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
-from test_resume import interrupt
 
 pytestmark = pytest.mark.slow
 # No gain is of 10 nats: the first evaluation stays the best one, whatever the numbers are.
@@ -62,7 +61,9 @@ def test_sft_killed_before_it_stops_ends_with_the_same_bytes(
     recipe: Path, whole: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whole / "base", tmp_path / "base")
-    code, _ = interrupt(recipe, "sft", tmp_path, signal.SIGKILL, "step-00000006", **stopping_sft())
+    code, _ = runs.interrupt(
+        recipe, "sft", tmp_path, signal.SIGKILL, runs.half_of(6), **stopping_sft()
+    )
     assert code == -signal.SIGKILL
     assert "resumed from" in runs.finish(recipe, "sft", tmp_path, **stopping_sft())
     assert runs.weights(tmp_path, "sft") == runs.weights(whole, "sft")

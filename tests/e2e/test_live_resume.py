@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 
 from align.core.errors import EXIT_PREEMPTED
+from tests.moments import wait_at
 from tests.serve.running import running
 
 RECIPE = f"""\
@@ -24,10 +25,10 @@ stages:
     kind: sft
     init: base
     data: [{{world: sft, rows: 64, split: train}}]
-    steps: 150
+    steps: 12
     batch_size: 8
     micro_tokens: 256
-    checkpoint_every: 0
+    checkpoint_every: 3
     optim: {{learning_rate: 1.0e-3}}
 """
 
@@ -46,9 +47,9 @@ def num_steps(run: Path) -> int:
         return 0
 
 
-def start(recipe: Path, folder: Path) -> "subprocess.Popen[bytes]":
+def start(recipe: Path, folder: Path, **more: str) -> "subprocess.Popen[bytes]":
     argv = [sys.executable, "-m", "align", "run", str(recipe), "--runs", str(folder)]
-    return subprocess.Popen(argv, env=runs.environment(), start_new_session=True)
+    return subprocess.Popen(argv, env=runs.environment() | more, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -70,13 +71,15 @@ def test_stopped_and_resumed_in_pages_it_ends_with_the_same_bytes(
         def state() -> str:
             return browser.get("/runs/tiny/parts/status").text
 
-        process = start(recipe, folder)
-        wait_until(lambda: num_steps(run) >= 3)
+        # It waits for the signal as it saves its first checkpoint.
+        waits = tmp_path / "waits"
+        process = start(recipe, folder, **wait_at("sft/" + runs.half_of(3), waits))
+        wait_until(waits.exists)
         assert ">running<" in state()
         assert browser.post("/runs/tiny/stop", data=form).status_code == 303
         assert process.wait(runs.LIMIT_S) == EXIT_PREEMPTED
         stopped = num_steps(run)
-        assert stopped < 150
+        assert 3 <= stopped < 12
         assert ">stopped<" in state()
         assert browser.post("/runs/tiny/resume", data=form).status_code == 303
         wait_until(lambda: ">done<" in state() or "Resuming failed" in state())

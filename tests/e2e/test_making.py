@@ -184,9 +184,7 @@ def test_self_instruct_accounts_for_every_candidate_and_resumes_to_the_same_rows
     recipe, run_dir
 ) -> None:
     folder = run_dir / "self_instruct"
-    begun = runs.start(recipe, "self_instruct", run_dir)
-    places = [folder / "checkpoints" / f"step-00000002{end}" for end in (".tmp", "")]
-    code, _ = runs.signal_when(begun, lambda: any(map(os.path.exists, places)), signal.SIGKILL)
+    code, _ = runs.interrupt(recipe, "self_instruct", run_dir, signal.SIGKILL, runs.half_of(2))
     assert code == -signal.SIGKILL
     assert "resumed from" in runs.finish(recipe, "self_instruct", run_dir)
     rows, ledger = read(folder / "data.jsonl"), read(folder / "ledger.jsonl")
@@ -337,9 +335,7 @@ def test_a_trainer_of_trl_resumes_to_the_same_weights_and_passes_over_damage(
     runs.finish(recipe, "trl", run_dir)
     (tmp_path / "base").symlink_to(run_dir / "base")
     # A signal after the first step saves a checkpoint of its own.
-    begun = runs.start(recipe, "trl", tmp_path)
-    written = tmp_path / "trl" / "metrics.jsonl"
-    code, said = runs.signal_when(begun, written.exists, signal.SIGTERM)
+    code, said = runs.interrupt(recipe, "trl", tmp_path, signal.SIGTERM, "metrics.jsonl")
     assert code == EXIT_PREEMPTED, said[-3000:]
     newest = max(
         (tmp_path / "trl" / "checkpoints").glob("checkpoint-*"),

@@ -33,7 +33,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def work(folder: Path, scenarios: tuple[str, ...], *, ranks: int, stages: tuple[int, ...]) -> None:
     """Run the worker as ``ranks`` processes; all must end well."""
-    command = [sys.executable, str(WORKER), "--out", str(folder)]
+    command = [str(WORKER), "--out", str(folder)]
     command += ["--scenarios", *scenarios, "--stages", *map(str, stages)]
     runs.finish_ranks(command, ranks)
 

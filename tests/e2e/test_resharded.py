@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     out = tmp_path_factory.mktemp("resharded")
     found: dict[str, list[dict]] = {}
     for ranks, saves, loads in STEPS:
-        command = [sys.executable, str(WORKER), "--out", str(out)]
+        command = [str(WORKER), "--out", str(out)]
         command += ["--save", *map(str, saves), "--load", *loads]
         runs.finish_ranks(command, ranks)
         for rank in range(ranks):

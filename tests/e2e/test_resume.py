@@ -1,7 +1,6 @@
 """A killed stage that is run again ends with the bytes of one that was never interrupted."""
 
 import logging
-import os
 import re
 import shutil
 import signal
@@ -38,13 +37,6 @@ def begin(whole: Path, folder: Path) -> Path:
     return folder
 
 
-def interrupt(recipe: Path, stage: str, run_dir: Path, signum: int, name: str, **options):
-    """Send a signal as soon as that checkpoint is being written or is there."""
-    places = [run_dir / stage / "checkpoints" / f"{name}{end}" for end in (".tmp", "")]
-    process = runs.start(recipe, stage, run_dir, **options)
-    return runs.signal_when(process, lambda: any(map(os.path.exists, places)), signum)
-
-
 def assert_same(found: Path, expected: Path, stage: str) -> None:
     assert runs.weights(found, stage) == runs.weights(expected, stage)
     assert runs.numbers(found, stage) == runs.numbers(expected, stage)
@@ -52,7 +44,7 @@ def assert_same(found: Path, expected: Path, stage: str) -> None:
 
 def test_sft_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_path) -> None:
     run_dir = begin(whole, tmp_path)
-    code, _ = interrupt(recipe, "sft", run_dir, signal.SIGKILL, "step-00000009")
+    code, _ = runs.interrupt(recipe, "sft", run_dir, signal.SIGKILL, runs.half_of(9))
     assert code == -signal.SIGKILL
     assert not (run_dir / "sft" / "manifest.json").exists()
     # Steps after the checkpoint were done and logged before the kill, or a line was half written.
@@ -66,7 +58,7 @@ def test_sft_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_pa
 
 def test_ppo_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_path) -> None:
     run_dir = begin(whole, tmp_path)
-    code, _ = interrupt(recipe, "ppo", run_dir, signal.SIGKILL, "step-00000009")
+    code, _ = runs.interrupt(recipe, "ppo", run_dir, signal.SIGKILL, runs.half_of(9))
     assert code == -signal.SIGKILL
     assert "resumed from" in runs.finish(recipe, "ppo", run_dir)
     assert_same(run_dir, whole, "ppo")
@@ -78,9 +70,7 @@ def test_ppo_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole, tmp_pa
 def test_sigterm_saves_a_checkpoint_and_goes_on_from_it(recipe, whole, tmp_path, stage) -> None:
     run_dir = begin(whole, tmp_path)
     options = {"overrides": [f"stages.{stage}.checkpoint_every=0"]}
-    process = runs.start(recipe, stage, run_dir, **options)
-    written = run_dir / stage / "metrics.jsonl"
-    code, said = runs.signal_when(process, written.exists, signal.SIGTERM)
+    code, said = runs.interrupt(recipe, stage, run_dir, signal.SIGTERM, "metrics.jsonl", **options)
     assert code == EXIT_PREEMPTED, said[-2000:]
     saved = sorted(p.name for p in (run_dir / stage / "checkpoints").iterdir())
     assert len(saved) == 1, saved
@@ -195,7 +185,7 @@ def test_ppo_on_vllm_killed_in_the_middle_ends_with_the_same_bytes(recipe, whole
     said = runs.finish(recipe, "ppo", straight, **options)
     # vLLM logs tracebacks and failures of kernels that it then does without.
     assert not re.search(r"Traceback|\bERROR\b|[Ff]ailed to", said), said
-    code, _ = interrupt(recipe, "ppo", broken, signal.SIGKILL, "step-00000006", **options)
+    code, _ = runs.interrupt(recipe, "ppo", broken, signal.SIGKILL, runs.half_of(6), **options)
     assert code == -signal.SIGKILL
     assert "resumed from" in runs.finish(recipe, "ppo", broken, **options)
     assert_same(broken, straight, "ppo")

@@ -45,7 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, f
     file = split / "model.safetensors"
     renamed = {n.replace("model.layers", "layers"): t for n, t in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
-    command = [sys.executable, str(WORKER), "--out", str(out), "--model", str(model)]
+    command = [str(WORKER), "--out", str(out), "--model", str(model)]
     command += ["--large", str(large), "--split", str(split)]
     # What is freed before the product sets this, in imports, would count or not by chance.
     with pytest.MonkeyPatch.context() as patch:

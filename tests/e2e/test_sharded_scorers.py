@@ -37,7 +37,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = split / "model.safetensors"
     renamed = {n.replace("model.layers", "layer"): t for n, t in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
-    command = [sys.executable, str(WORKER), "--out", str(out), "--model", str(model)]
+    command = [str(WORKER), "--out", str(out), "--model", str(model)]
     command += ["--large", str(large), "--encoder", str(encoder), "--split", str(split)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))

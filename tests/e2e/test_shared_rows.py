@@ -17,7 +17,7 @@ MODELS = ["llama", "qwen2", "mistral", "gpt_oss"]
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Give what each of two ranks found."""
     out = tmp_path_factory.mktemp("shared")
-    runs.finish_ranks([sys.executable, str(WORKERS / "shared_rows.py"), str(out)], 2)
+    runs.finish_ranks([str(WORKERS / "shared_rows.py"), str(out)], 2)
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -84,7 +84,7 @@ def test_sft_and_dpo_on_shared_rows_equal_one_process(tmp_path):
     """Also losses, norms and held-out statistics, whose counts are those of all rows."""
     recipe = tmp_path / "base.yaml"
     recipe.write_text(RECIPE.format(zero=0, ranks=1), encoding="utf-8")
-    command = [sys.executable, str(WORKERS / "stages.py"), "--recipe", str(recipe)]
+    command = [str(WORKERS / "stages.py"), "--recipe", str(recipe)]
     runs.finish_ranks([*command, "--run-dir", str(tmp_path), "--stages", "base"], 1)
     metrics = ("train/loss", "optim/grad_norm", "eval/loss", "tokens/trained")
     runs.two_ranks_equal_one(RECIPE, tmp_path, tmp_path, stages=("sft", "dpo"), metrics=metrics)

@@ -20,7 +20,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 def work(folder: Path, *, ranks: int, stages: tuple[int, ...]) -> None:
     """Run the worker as ``ranks`` processes; all must end well."""
-    command = [sys.executable, str(WORKER), "--out", str(folder), "--stages", *map(str, stages)]
+    command = [str(WORKER), "--out", str(folder), "--stages", *map(str, stages)]
     runs.finish_ranks(command, ranks)
 
 

@@ -92,9 +92,8 @@ def test_watched_ppo_killed_in_the_middle_ends_with_the_same_bytes(
     recipe, base, watched, tmp_path
 ) -> None:
     run_dir = begin(base, tmp_path)
-    places = [run_dir / "ppo" / "checkpoints" / f"step-00000003{end}" for end in (".tmp", "")]
-    process = runs.start(recipe, "ppo", run_dir, overrides=options("ppo"))
-    code, _ = runs.signal_when(process, lambda: any(p.exists() for p in places), signal.SIGKILL)
+    at = runs.half_of(3)
+    code, _ = runs.interrupt(recipe, "ppo", run_dir, signal.SIGKILL, at, overrides=options("ppo"))
     assert code == -signal.SIGKILL
     runs.finish(recipe, "ppo", run_dir, overrides=options("ppo"))
     assert runs.weights(run_dir, "ppo") == runs.weights(watched, "ppo")

@@ -1,14 +1,16 @@
 """Stand in for ``align.stages.tools.generate``: three words for each request, without a model.
 
 Requests that say "wait", which have an empty part at once, and the first of two that say "both" are
-answered together with the next one, a word of each in turn. "slow" has no part for longer than the
-server looks at its clock, and "die" ends the process. With the argument ``broken`` nothing loads.
+answered together with the next one, a word of each in turn. "after N" is answered once N others
+are there too. "slow" has no part for longer than the server looks at its clock, and "die" ends the
+process. With the argument ``broken`` nothing loads.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 WORDS = ("a", "b", "c")
@@ -19,6 +21,14 @@ def emit(part: dict[str, Any]) -> None:
     """Write one part of an answer."""
     sys.stdout.write(json.dumps(part) + "\n")
     sys.stdout.flush()
+
+
+def is_due(text: str, held: Collection[str]) -> bool:
+    """Return whether a request that has come is answered, and with it all that are held."""
+    after = [int(said.removeprefix("after ")) for said in held if said.startswith("after ")]
+    if after:
+        return len(held) > max(after)
+    return text != "wait" and not (text == "both" and len(held) < 2)
 
 
 def main() -> None:
@@ -44,7 +54,7 @@ def main() -> None:
         if text == "cancelled?":
             text += ":" + ",".join(map(str, cancelled))
         held[asked["id"]] = text
-        if text == "wait" or (text == "both" and len(held) < 2):
+        if not is_due(text, held.values()):
             continue
         for word in WORDS:
             for number, said in held.items():

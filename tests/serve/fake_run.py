@@ -2,7 +2,8 @@
 
 Usage: python fake_run.py RECIPE --runs DIR [--set KEY=VALUE ...]. The seed of the recipe is the
 number of steps; from 1000 on, the run fails with a message. With ``STUBBORN`` it ignores SIGTERM,
-as does the stage that it starts in a session of its own.
+as does the stage that it starts in a session of its own. Where DIR has a file ``HOLD``, it waits
+after as many steps as that says, until the file says more or is gone.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ from pathlib import Path
 
 STEP_S = 0.03
 STUBBORN = 999
+HOLD = "hold"
 IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); signal.pause()"
 
 
@@ -45,11 +47,21 @@ def main() -> None:
         with metrics.open("a") as f:
             for step in range(len(lines) + 1, recipe["seed"] + 1):
                 time.sleep(STEP_S)
+                while step > steps_allowed(run.with_name(HOLD)):
+                    time.sleep(STEP_S)
                 row = {"step": step, "total_steps": recipe["seed"], "train/loss": 1 / step}
                 row |= {"tokens/trained": 7.0}
                 f.write(json.dumps(row) + "\n")
                 f.flush()
         (stage / "model").mkdir(exist_ok=True)
+
+
+def steps_allowed(hold: Path) -> float:
+    """Return how many steps the file allows."""
+    try:
+        return int(hold.read_text())
+    except FileNotFoundError:
+        return float("inf")
 
 
 def ignore_sigterm(run: Path) -> None:

@@ -1,5 +1,6 @@
 """A real server on a free port of the loopback interface, in a thread of the test."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ import httpx
 import uvicorn
 from openai import OpenAI
 
-from align.pipeline.processes import free_port
 from align.serve.app import create_app
 from align.serve.services import Services
 from align.serve.settings import Settings
@@ -59,13 +59,14 @@ def running(
     runs: Path, *, wrap: Callable[[Any], Any] = lambda app: app, **settings: Any
 ) -> Iterator[Running]:
     """Yield a server that is stopped at the end of the block; ``wrap`` wraps its application."""
-    port = free_port()
+    listener = socket.create_server(("127.0.0.1", 0))  # a port that nobody takes before the server
+    port = listener.getsockname()[1]
     created = create_app(Settings(runs=runs, port=port, **settings))
     services, app = created.state.services, wrap(created)
     server = uvicorn.Server(
         uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5)
     )
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
         while not server.started:

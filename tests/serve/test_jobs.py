@@ -19,6 +19,7 @@ from align.serve.finetuning.adapters import STATES
 from align.stages.tools.checkpoint_adapter import write_adapter
 from align.tuning.files import WEIGHTS
 from reward_models.graders import ask_url, request_of
+from tests.moments import wait_at
 from tests.serve.running import Running, running
 from tests.serve.tiny_model import (
     DPO,
@@ -74,10 +75,14 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
 
 
 def test_a_supervised_job_trains_a_model_that_answers(
-    server: Running, client: OpenAI, monkeypatch: pytest.MonkeyPatch
+    server: Running, client: OpenAI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rows = [{"messages": [user(f"Say {word}."), reply(word)]} for word in ("lake", "hill")]
     validation = client.files.create(file=("v.jsonl", jsonl(rows)), purpose="fine-tune")
+    # It waits to be paused as it writes its first metrics, and goes on from there.
+    waits = tmp_path / "waits"
+    for name, value in wait_at("train/metrics.jsonl", waits).items():
+        monkeypatch.setenv(name, value)
     job = start(
         client,
         SUPERVISED,
@@ -85,9 +90,8 @@ def test_a_supervised_job_trains_a_model_that_answers(
         validation_file=validation.id,
         suffix="words",
     )
-    # It is paused after its first step, and goes on where it was.
     jobs = client.fine_tuning.jobs
-    while not [e for e in jobs.list_events(job.id).data if e.type == "metrics"]:
+    while not waits.exists():
         assert jobs.retrieve(job.id).status != "failed"
         time.sleep(POLL_S)
     assert jobs.pause(job.id).status == "paused"

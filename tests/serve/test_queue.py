@@ -29,7 +29,7 @@ from align.serve.finetuning import checking
 from align.serve.finetuning import queue as queue_module
 from align.serve.finetuning.progress import error_of
 from align.serve.settings import Settings
-from tests.serve.fake_run import STUBBORN
+from tests.serve.fake_run import HOLD, STUBBORN
 from tests.serve.killed_server import FAKE
 from tests.serve.running import WAIT_S, Running, running
 from tests.serve.tiny_model import SUPERVISED, jsonl
@@ -68,14 +68,36 @@ def ended(client: OpenAI, job: str) -> Any:
         time.sleep(POLL_S)
 
 
+@pytest.fixture
+def hold(server: Running) -> Iterator[Path]:
+    """Return the file with the number of steps after which jobs wait; without it, none does."""
+    file = server.services.settings.runs / HOLD
+    yield file
+    file.unlink(missing_ok=True)
+
+
+def allow(hold: Path, steps: int) -> None:
+    new = hold.with_suffix(".new")
+    new.write_text(str(steps))
+    new.replace(hold)
+
+
 def process(server: Running, job: str) -> int:
-    """Return the process of a job, once there is one."""
+    """Return the process of a job that does not end by itself, once there is one."""
     while True:
         with server.services.store.read() as db:
             (pid,) = db.execute("SELECT pid FROM jobs WHERE id = ?", (job,)).fetchone()
         if pid is not None:
             return pid
         time.sleep(POLL_S)
+
+
+def held(server: Running, job: str, steps: int) -> int:
+    """Return the process of a job, which does not end by itself, once it has taken the steps."""
+    metrics = server.services.settings.runs / job / "train" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < steps:
+        time.sleep(POLL_S)
+    return process(server, job)
 
 
 def check_whole(client: OpenAI, job: str, steps: int) -> None:
@@ -133,10 +155,11 @@ def test_an_error_in_a_jobs_recipe_is_told_without_the_servers_path(tmp_path: Pa
 
 
 def test_a_cancelled_job_ends_its_process_and_frees_the_device(
-    server: Running, client: OpenAI, file: str
+    server: Running, client: OpenAI, file: str, hold: Path
 ):
-    job = create(client, file, 900)
-    pid = process(server, job)
+    allow(hold, 3)
+    job = create(client, file, 9)
+    pid = held(server, job, 3)
     assert client.fine_tuning.jobs.cancel(job).status == "cancelled"
     while started_at(pid) is not None:
         time.sleep(POLL_S)
@@ -251,41 +274,48 @@ def test_events_of_other_jobs_appear_while_a_large_file_is_checked(
 def test_the_check_of_a_canceled_job_ends_early(
     server: Running, client: OpenAI, file: str, monkeypatch: pytest.MonkeyPatch
 ):
-    begun, ticks = threading.Event(), []
+    begun, ended = threading.Event(), threading.Event()
 
     def check_files(*_: Any, tick: Any) -> dict[str, int]:
         begun.set()
-        while True:  # a file without end
-            ticks.append(None)
-            tick()
+        try:
+            while True:  # a file without end
+                tick()
+        finally:
+            ended.set()
 
     monkeypatch.setattr(checking, "check_files", check_files)
     job = create(client, file, 3)
     assert begun.wait(WAIT_S)
     client.fine_tuning.jobs.cancel(job)
-    seen = -1
-    while seen != len(ticks):  # it has ended if nothing was added for twice as long as it looks
-        seen = len(ticks)
-        time.sleep(2 * checking.LOOK_S)
+    assert ended.wait(WAIT_S)
     assert client.fine_tuning.jobs.retrieve(job).status == "cancelled"
 
 
-def test_a_paused_job_resumes_and_has_each_step_once(server: Running, client: OpenAI, file: str):
-    job = create(client, file, 30)
-    for _ in range(3):
-        process(server, job)
+def test_a_paused_job_resumes_and_has_each_step_once(
+    server: Running, client: OpenAI, file: str, hold: Path
+):
+    allow(hold, 2)
+    job = create(client, file, 12)
+    for steps in (2, 5, 9):
+        allow(hold, steps)
+        held(server, job, steps)
         assert client.fine_tuning.jobs.pause(job).status == "paused"
         assert client.fine_tuning.jobs.resume(job).status in ("queued", "running")
-    check_whole(client, job, 30)
+    hold.unlink()
+    check_whole(client, job, 12)
 
 
 def test_a_job_whose_process_is_killed_resumes_but_not_for_ever(
-    server: Running, client: OpenAI, file: str
+    server: Running, client: OpenAI, file: str, hold: Path
 ):
+    allow(hold, 10)
     job = create(client, file, 20)
-    os.kill(process(server, job), signal.SIGKILL)
+    os.kill(held(server, job, 10), signal.SIGKILL)
+    hold.unlink()
     check_whole(client, job, 20)
-    hopeless, killed = create(client, file, 900), set()
+    allow(hold, 0)
+    hopeless, killed = create(client, file, 21), set()
     while client.fine_tuning.jobs.retrieve(hopeless).status != "failed":
         with server.services.store.read() as db:
             query = "SELECT pid FROM jobs WHERE id = ?"

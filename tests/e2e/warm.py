@@ -1,0 +1,74 @@
+"""Programs as forks of one process that has imported the libraries of every stage.
+
+A stage of a tiny model takes a second or two, and its imports take longer. Forks also have one seed
+of Python's hashes: what has to hold for any seed is run in processes that start afresh.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from unittest import mock
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.e2e.warm_imports"])
+
+
+class Fork:
+    """A running program: ``python SCRIPT ...`` or ``python -m MODULE ...`` in its own session."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it; ``argv`` is what follows ``python``."""
+        # A file, not a pipe: a rank that fills its pipe unread waits for ever, as do the others.
+        self._said = tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace")  # noqa: SIM115
+        given = (list(argv), dict(environment), self._said.name)
+        self._process = FORKS.Process(target=_become, args=given)
+        # The first start also starts the process that all are forks of, and one that would warn of
+        # the semaphores of stages, which leave by os._exit.
+        quiet = {"PYTHONWARNINGS": "ignore:resource_tracker"}
+        with mock.patch.dict(os.environ, {**environment, **quiet}):
+            self._process.start()
+
+    def wait(self, limit_s: float) -> int:
+        """Return the exit code, negative for a signal; what is over the limit is killed."""
+        self._process.join(limit_s)
+        self.kill()
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Kill what is left of its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+
+    def said(self) -> str:
+        """Return everything that it wrote."""
+        self._said.seek(0)
+        return self._said.read()
+
+
+def _become(argv: list[str], environment: dict[str, str], said: str) -> None:
+    os.setsid()
+    file = os.open(said, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(file, standard)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            sys.path.insert(0, str(Path(argv[0]).parent))
+            runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
