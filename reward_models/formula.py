@@ -87,7 +87,7 @@ class Formula:
             raise FormulaError(f"its value is {found}")
         return found
 
-    def _value(self, node: Any, values: Mapping[str, float]) -> float:
+    def _value(self, node: ast.AST, values: Mapping[str, float]) -> float:
         match node:
             case ast.Constant(value=int() | float() as value):
                 return float(value)
@@ -97,6 +97,7 @@ class Formula:
                 return OPERATORS[type(op)](self._value(inner, values))
             case ast.Call(func=ast.Name(id=name), args=args):
                 return FUNCTIONS[name](*(self._value(arg, values) for arg in args))
+        assert isinstance(node, ast.BinOp), node
         left, right = self._value(node.left, values), self._value(node.right, values)
         # Larger exponents mostly overflow, and a power of a negative number may be complex.
         if isinstance(node.op, ast.Pow) and (abs(right) > MAX_EXPONENT or left < 0):

@@ -141,16 +141,19 @@ Single = Annotated[
 ]
 
 
+_Graders = dict[str, Single] | list[Single] | Single
+
+
 class Multi(_Spec):
     """Score by a formula of other graders' scores."""
 
     type: Literal["multi"]
-    graders: dict[str, Single] | list[Single] | Single
+    graders: _Graders
     calculate_output: str
 
     @field_validator("graders")
     @classmethod
-    def _have_names(cls, graders: Any) -> Any:
+    def _have_names(cls, graders: _Graders) -> _Graders:
         if not graders:
             raise ValueError("expected at least one grader")
         names = [grader.name for grader in graders] if isinstance(graders, list) else []

@@ -127,11 +127,13 @@ def read_request(data: bytes) -> dict[str, list[Any]]:
     body.pop("columns", None)  # for custom servers; a scorer reads only the texts
     if ("prompt_ids" in body) != ("completion_ids" in body):
         raise BadRequestError("prompt_ids and completion_ids must be sent together")
+    # Lists with one entry for each response.
     lengths = {name: len(v) if isinstance(v, list) else -1 for name, v in body.items()}
     if len(set(lengths.values())) != 1 or -1 in lengths.values():
         raise BadRequestError(f"expected lists of equal length, found {lengths} (-1: not a list)")
     if not 1 <= lengths["completions"] <= MAX_ROWS:
         raise BadRequestError(f"{lengths['completions']} responses; expected 1 to {MAX_ROWS}")
+    # What the entries are.
     for name in ("prompts", "completions"):
         if not all(isinstance(x, str) or _is_turns(x) for x in body[name]):
             raise BadRequestError(f"{name}: expected texts or lists of turns {{role, content}}")

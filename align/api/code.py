@@ -19,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from align.core.errors import RecipeError
@@ -91,7 +91,7 @@ def _name(function: object) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _in_module(function: Any) -> str | None:
+def _in_module(function: object) -> str | None:
     """Return the reference of a top-level name of an imported module, None for any other."""
     # An object has the module of its class; it may be a variable there.
     within = function.__module__
@@ -120,12 +120,12 @@ class _Writer:
         self.definitions: dict[str, str] = {}
         self.values: dict[str, Any] = {}
 
-    def module_of(self, function: Any) -> str:
+    def module_of(self, function: object) -> str:
         """Return the text of the module."""
         self._define(self.name, function)
         return self._text()
 
-    def module_of_object(self, value: Any) -> str:
+    def module_of_object(self, value: object) -> str:
         """Return the text of a module with an object, its class and its attributes."""
         kind = type(value)
         try:
@@ -298,7 +298,7 @@ def _class_source(kind: type) -> str:
     return textwrap.dedent("".join(lines[first - 1 : same[-1].end_lineno]))
 
 
-def _lambda_source(function: Any) -> str:
+def _lambda_source(function: FunctionType) -> str:
     """Return the source of a lambda, which ``inspect`` finds only with the lines around it."""
     own = function.__code__
     lines = linecache.getlines(own.co_filename)
@@ -322,12 +322,13 @@ def _lambda_source(function: Any) -> str:
     return same.pop()
 
 
-def _outside(function: Any, root: str) -> Mapping[str, Any]:
+def _outside(function: object, root: str) -> Mapping[str, Any]:
     """Return the names that a function or the methods of a class can see outside of themselves."""
     members = vars(function).values() if inspect.isclass(function) else [function]
     found: dict[str, Any] = {}
     for member in members:
-        inner = inspect.unwrap(getattr(member, "__func__", member))
+        wrapped: Any = getattr(member, "__func__", member)
+        inner = inspect.unwrap(wrapped)
         if not inspect.isfunction(inner):
             continue
         found |= inner.__globals__

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 
@@ -70,7 +70,7 @@ def _is_source(item: Mapping[str, Any]) -> bool:
     return bool(_SOURCES & item.keys()) and not _CONTENT & item.keys()
 
 
-def _dataset(value: Any) -> bool:
+def _dataset(value: Any) -> TypeGuard[Iterable[Any]]:
     """Return whether a value is a Dataset; the other classes of the library are refused."""
     library = sys.modules.get("datasets")
     if library is None:
@@ -120,7 +120,7 @@ class Writer:
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / FOLDER
 
-    def plain(self, value: Any, key: str = "") -> Any:
+    def plain(self, value: object, key: str = "") -> Any:
         """Return a value as plain data.
 
         Args:
@@ -146,7 +146,7 @@ class Writer:
             return block | self._mapping(given) | ({"args": args} if args else {})
         return {name: self.plain(inner, str(name)) for name, inner in value.items()}
 
-    def _item(self, item: Any) -> Any:
+    def _item(self, item: object) -> Any:
         if _dataset(item):
             return {"path": self._rows(item)}
         if callable(item) and not isinstance(item, BaseModel):
@@ -266,7 +266,7 @@ def _is_json(value: object) -> bool:
     return True
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: object) -> None:
     """Raise unless a loaded model is one that can be saved whole, or an adapter of a named one."""
     config = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
@@ -313,6 +313,7 @@ def base_stage(
     """
     if isinstance(model, str | Path) and "/" in str(model):  # 'gpt2' may be a hub id too
         model = str(find_model(str(model), runs))
+    # A finished stage: it is an artifact already.
     if isinstance(model, Run) or (
         isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file()
     ):
@@ -322,10 +323,12 @@ def base_stage(
                 "remove tokenizer="
             )
         return {}, model if isinstance(model, Run) else str(model)
+    # A hub id, a folder or keys; also a loaded model, whose folder has the tokenizer.
     if tokenizer is None or isinstance(tokenizer, Mapping):
         settings = {} if tokenizer is None else {"tokenizer": tokenizer}
         keys = model if isinstance(model, Mapping) else {"path": model}
         return {"kind": "base", **keys, **settings}, "base"
+    # A loaded model with its loaded tokenizer.
     if not hasattr(model, "save_pretrained"):
         raise RecipeError(
             f"tokenizer: found {a_type(tokenizer)} beside a model that is not loaded; "

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperOption
@@ -385,7 +385,7 @@ def _hide_types_of_flags() -> None:
     if shown is None:  # a version that shows no types
         return
 
-    def without_flags(self: TyperOption, ctx: Any) -> str | None:
+    def without_flags(self: TyperOption, ctx: object) -> str | None:
         return None if self.is_bool_flag else shown(self, ctx)
 
     TyperOption.display_type_rich = without_flags

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from align.core.errors import ArtifactError
 from align.export import llama_cpp
@@ -145,7 +145,7 @@ def _write_config(writer: Any, config: PreTrainedConfig, *, name: str, kind: str
     writer.add_vocab_size(config.vocab_size)
 
 
-def rope_factors(config: Any) -> Tensor | None:
+def rope_factors(config: PreTrainedConfig) -> Tensor | None:
     """Return the divisors of Llama 3.1's scaling of the rotary frequencies; None without scaling.
 
     With the wavelength w of a frequency in tokens and c = ``original_max_position_embeddings``:
@@ -167,7 +167,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def apply_rope_factors(model: Any, folder: Path) -> None:
+def apply_rope_factors(model: nn.Module, folder: Path) -> None:
     """Divide a model's rotary frequencies by the file's factors, which transformers does not read.
 
     Args:
@@ -259,7 +259,9 @@ def _run_quantize(program: str, whole: Path, file: Path) -> None:
         raise ArtifactError(f"{QUANTIZE} failed with exit code {done.returncode}: {tail}")
 
 
-def gguf_problems(source: Source, folder: Path, model: Any, *, row: float) -> Iterator[str]:
+def gguf_problems(
+    source: Source, folder: Path, model: PreTrainedModel, *, row: float
+) -> Iterator[str]:
     """Yield one line for each difference between a GGUF file and the source.
 
     Args:

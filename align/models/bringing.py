@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -178,7 +179,7 @@ def load_whole(path: str, *, dtype: str | None) -> Any:
     return model
 
 
-def settle_ties(path: str, model: Any) -> None:
+def settle_ties(path: str, model: PreTrainedModel) -> None:
     """Make the configuration say that a head has weights of its own, where it does.
 
     transformers keeps such a head although config.json ties it to the embedding, and vLLM would

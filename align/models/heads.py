@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
 
 from align.core.errors import ArtifactError
 from align.models.attention import Segments, segments_from_positions
@@ -74,7 +74,7 @@ def scorer_from(
     return model.train()
 
 
-def _separator(model_dir: Path, encoder: Any) -> int | None:
+def _separator(model_dir: Path, encoder: PreTrainedModel) -> int | None:
     """Return the token after which an encoder's second text begins; None if it has one type.
 
     Raises:
@@ -88,7 +88,7 @@ def _separator(model_dir: Path, encoder: Any) -> int | None:
     return None if getattr(encoder.config, "type_vocab_size", 0) < 2 else found
 
 
-def _with_heads(backbone: Any, kind: torch.dtype, **settings: Any) -> RewardModel:
+def _with_heads(backbone: PreTrainedModel, kind: torch.dtype, **settings: Any) -> RewardModel:
     """Return a scorer with new heads of a dtype on a decoder or encoder."""
     width = backbone.config.get_text_config().hidden_size
     model = RewardModel(backbone, width, **settings)

@@ -7,7 +7,6 @@ stages.sft.tuning.targets: no layer 'q'``.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from align.recipe.schema import Recipe
 
@@ -49,7 +48,7 @@ def _key_of(line: str, recipe: Recipe, stage: str) -> tuple[str, str]:
     return (f"stages.{stage}.{max(named)[1]}" if named else ""), line
 
 
-def _has(data: Any, key: str) -> bool:
+def _has(data: object, key: str) -> bool:
     """Return whether plain data has a dotted key."""
     for part in key.split("."):
         if isinstance(data, list) and part.isdigit() and int(part) < len(data):
@@ -61,7 +60,7 @@ def _has(data: Any, key: str) -> bool:
     return True
 
 
-def _texts(data: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _texts(data: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield the dotted key and the value of each text that may be a path or a function."""
     if isinstance(data, str) and re.search(r"[./:]", data):
         yield key, data

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.core.types import Example, PromptRow, Text, TokenRow, Turn
 from align.data.render.chat import ChatFormat
@@ -20,6 +20,9 @@ from align.data.store.rows import StoredRows
 from align.models.loading import num_positions
 from align.preflight.checks import Check, Finding, Verdict, spread
 from reward_models.limits import render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NUM_RENDERED = 16
 """Number of conversations that are rendered as a whole."""
@@ -277,7 +280,7 @@ def _has_seam(chat: ChatFormat, turns: Sequence[Turn]) -> bool:
     return whole.startswith(str(render_chat(chat.tokenizer, said[:-1], **asked)))
 
 
-def _unprompted(tokenizer: Any, turns: Sequence[Turn]) -> str:
+def _unprompted(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn]) -> str:
     """Return what a template without a generation prompt writes before the last response."""
     said = [message_of(turn) for turn in turns]
     before, asked = (

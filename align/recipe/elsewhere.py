@@ -40,9 +40,10 @@ def stages_of_runs(stages: Mapping[str, Any], runs: Path) -> dict[Key, str]:
     return found
 
 
-def name_folder(data: Any, key: Key, folder: str) -> None:
+def name_folder(data: dict[str, Any], key: Key, folder: str) -> None:
     """Replace the reference at a key path of a recipe's data by the folder that it means."""
-    at, stage = data, data["stages"][key[1]]
+    at: Any = data
+    stage = data["stages"][key[1]]
     for part in key[:-1]:
         at = at[part]
     name, at[key[-1]] = at[key[-1]], folder

@@ -334,6 +334,7 @@ def run_offline(
     )
     if save is not None:
         save()
+    # After saving: a model that never stops is kept, and the alarm names it.
     rows = spread(task.heldout or task.rows, NUM_ROWS)
     if stops and (found := stop_probabilities(learner.engine, rows, stops)):
         final["eval/stop_prob"] = median(found)

@@ -81,7 +81,7 @@ def _labels(row: object) -> set[Hashable]:
     return set(getattr(row, "labels", ()))
 
 
-def _is_trained(row: Any) -> bool:
+def _is_trained(row: TokenRow) -> bool:
     if row.weights:
         return row.label_prob > 0.0 and any(map(mul, row.weights, row.trained))
     return row.label_prob > 0.0 and True in row.trained

@@ -20,7 +20,7 @@ from align.tuning.export import full_tensor
 from reward_models.limits import render_chat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEAR_MEAN = 0.01
 """A row is untrained if its distance to its initial value, the mean, is below this fraction."""
@@ -48,7 +48,7 @@ def untrained_tokens(model: "PreTrainedModel", model_dir: Path | str) -> dict[in
     return found
 
 
-def _markers(tokenizer: Any, stops: Sequence[int]) -> list[int]:
+def _markers(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[int]) -> list[int]:
     """Return the added tokens that a conversation contains, and the stop token."""
     if not tokenizer.chat_template or not stops:
         return list(stops)

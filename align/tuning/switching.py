@@ -1,8 +1,11 @@
 """One loaded model with many LoRA adapters, of which one or none is active."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.tuning.light_peft import peft_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_ADAPTERS = 8
 """Adapters that stay loaded."""
@@ -15,7 +18,7 @@ class AdapterSwitch:
         model: a transformers model, which gets the adapters' layers.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self._model = model
         self._tuned: Any = None
         self._loaded: list[str] = []

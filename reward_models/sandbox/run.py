@@ -148,7 +148,7 @@ class _Operators:
     bool, neg, abs = bool, operator.neg, abs
 
     @staticmethod
-    def isinstance(kind: Any, value: object) -> bool:  # pyright: ignore[reportInvalidTypeForm]
+    def isinstance(kind: type, value: object) -> bool:  # pyright: ignore[reportInvalidTypeForm]
         """Return whether a value is an object of a class."""
         return isinstance(value, kind)
 

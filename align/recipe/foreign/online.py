@@ -59,6 +59,7 @@ def set_grpo(draft: Draft, keys: Keys, *, rows: int, beta: float = 0.0, rloo: bo
         if beta:
             stage["kl"] = {"coef": beta, "place": "loss", "estimator": "k3"}
         _set_loss(draft, keys)
+    # Sampling, and the tokens of a prompt and its response together.
     new = keys.count("max_completion_length", 512)
     sampling: dict[str, Any] = {"max_new_tokens": new}
     if keys.number("temperature", 1.0) != 1.0:

@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -127,7 +127,9 @@ class Checks:
                     raise NotWantedError
 
 
-def prepare(api: Api, row: sqlite3.Row, *, tick: Any = lambda: None) -> dict[str, Any]:
+def prepare(
+    api: Api, row: sqlite3.Row, *, tick: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write a job's files and recipe; return its request with numbers for ``auto``.
 
     Raises:
@@ -138,6 +140,7 @@ def prepare(api: Api, row: sqlite3.Row, *, tick: Any = lambda: None) -> dict[str
     method, folder = request["method"], folder_of(api, row["id"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # The files, as rows of this suite.
     parts = [part for part in ("training", "validation") if request[f"{part}_file"]]
     sources = {part: api.files.path(request[f"{part}_file"]) for part in parts}
     for part, path in sources.items():
@@ -149,6 +152,7 @@ def prepare(api: Api, row: sqlite3.Row, *, tick: Any = lambda: None) -> dict[str
         query = "SELECT name FROM tokens WHERE id = ?"
         (name,) = db.execute(query, (row["owner"],)).fetchone()
         base = find_whole(db, api.settings, Person(row["owner"], name), name=row["model"])
+    # The recipe: what is ``auto`` depends on the number of rows.
     settings = method[method["type"]]
     settings["hyperparameters"] = resolved(
         method["type"], settings["hyperparameters"], rows=counts["training"]

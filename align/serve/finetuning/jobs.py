@@ -147,6 +147,7 @@ def _insert_job(api: Api, db: sqlite3.Connection, *, person: Person, asked: JobR
                 f"{param}: its purpose is {row['purpose']}; upload it with fine-tune.",
                 param=param,
             )
+    # In the transaction that enters the job, so that two requests cannot both take the last place.
     query = f"SELECT count(*) FROM jobs WHERE owner = ? AND status IN {ACTIVE}"
     (active,) = db.execute(query, (person.id,)).fetchone()
     if active >= api.settings.jobs_per_token:

@@ -164,6 +164,7 @@ def _complete(api: Api, person: Person, *, name: str, asked: CompleteRequest) ->
         raise not_found("part of this upload", unknown[0])
     if len(set(asked.part_ids)) != len(asked.part_ids):
         raise ServeError(400, "part_ids: a part is named twice.", param="part_ids")
+    # Outside of any transaction: the parts may have gigabytes.
     file = new_id("file")
     size, md5 = _join(api, file, asked.part_ids)
     problem = None
@@ -175,6 +176,7 @@ def _complete(api: Api, person: Person, *, name: str, asked: CompleteRequest) ->
         api.files.path(file).unlink(missing_ok=True)
         raise ServeError(400, problem)
     with api.store.write() as db:
+        # Another request may have completed or canceled the upload in the meantime.
         _pending(db, person, name)
         made = insert_file(
             db,

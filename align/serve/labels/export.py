@@ -143,6 +143,7 @@ def _pair_rows(answer: str, labels: Sequence[sqlite3.Row]) -> _Written:
     else:
         other = "b" if answer == "a" else "a"
         yield PREFERENCE, pair(answer, other)
+        # An edited response is better than the one it was made from, and the best that is known.
         edits = [
             _response(prompt, _edited(sides[answer], label["edit"]))
             for label in labels

@@ -100,7 +100,7 @@ def _pinned(part: Spec, project: Project, number: int) -> dict[str, Any]:
     return found
 
 
-def _renamed(plain: Any, project: Project, number: int) -> Any:
+def _renamed(plain: object, project: Project, number: int) -> Any:
     if isinstance(plain, list):
         return [_renamed(inner, project, number) for inner in plain]
     if isinstance(plain, dict):

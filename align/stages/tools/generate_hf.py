@@ -19,6 +19,8 @@ from align.stages.tools.generate import (
 from align.tuning.switching import AdapterSwitch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from align.data.render.chat import ChatFormat
 
 
@@ -157,7 +159,7 @@ def _send(emit: Emit, common: Mapping[str, Any], part: Mapping[str, Any]) -> Non
     emit({**common, **part})
 
 
-def _entry(tokenizer: Any, row: Any, token: int, *, top: int) -> dict[str, Any]:
+def _entry(tokenizer: Any, row: "Tensor", token: int, *, top: int) -> dict[str, Any]:
     """Return a sampled token with the most likely ones."""
     best = row.topk(top) if top else None
     listed = [] if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
