@@ -16,7 +16,7 @@ from align.pipeline.processes import free_port, stage_argv
 from tests.e2e.warm import Fork
 from tests.moments import signal_at
 
-LIMIT_S = 600.0
+LIMIT_S = 1800.0
 
 BASE = """\
   base:

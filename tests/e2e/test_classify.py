@@ -305,7 +305,7 @@ def test_a_fresh_process_reads_the_same_probabilities(folder):
     found = artifact(folder, "bert", "lora")
     texts = [HELD_OUT.format(word) for words in WORDS.values() for word in words]
     command = [sys.executable, "-c", FRESH, str(found.model_dir), json.dumps(texts)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
     for line, said in zip(predictions(found), json.loads(out.stdout), strict=True):
         assert line["probs"] == pytest.approx(said, abs=2e-5)
 

@@ -29,7 +29,7 @@ def deep(recipe: Path, runs: Path, *words: str) -> tuple[int, str]:
         ],
         cwd=ROOT,
         env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=1200,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

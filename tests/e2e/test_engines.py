@@ -314,7 +314,7 @@ def test_engine_on_two_ranks_takes_zero_2_and_zero_3_weights(tmp_path):
         *(str(script), "--model", str(directory), "--out", str(tmp_path)),
     ]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     for rank in range(2):

@@ -18,7 +18,7 @@ from align.evaluation.judge import Bench, EndpointJudge, Pair
 from align.pipeline.processes import free_port
 from reward_models.judge import Endpoint, JudgeClient, JudgeError
 
-LIMIT_S = 300.0
+LIMIT_S = 1200.0
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 OPTIONS = (
     "--served-model-name",

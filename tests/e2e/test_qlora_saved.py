@@ -86,7 +86,7 @@ def test_fresh_process_has_the_trained_model_and_the_loss_of_the_saved_one(folde
     (folder / "rows.json").write_text(json.dumps([list(row.input_ids) for row in held]))
     worker = Path(__file__).parent / "workers" / "reload_qlora.py"
     files = [source.model_dir, context.out, folder / "rows.json", folder / "found.json"]
-    subprocess.run([sys.executable, worker, *files], check=True, timeout=300)
+    subprocess.run([sys.executable, worker, *files], check=True, timeout=1200)
     found = json.loads((folder / "found.json").read_text())
 
     module.eval()

@@ -24,7 +24,7 @@ def align_run(recipe: Path, runs: Path, *overrides: str) -> tuple[int, str]:
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--runs", str(runs), *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=400,
+        timeout=1200,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

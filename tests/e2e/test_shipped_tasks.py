@@ -53,7 +53,7 @@ def align(*words: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "align.cli", *words],
         cwd=ROOT,
-        timeout=300,
+        timeout=1200,
         text=True,
         check=False,
         env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},

@@ -64,7 +64,7 @@ def test_each_of_the_sixteen_faults_stops_its_stage_with_the_row_named(folder: P
         capture_output=True,
         text=True,
         env=stage_runs.environment(),
-        timeout=300,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_align_run_ends_with_2_and_the_row(folder: Path, tmp_path: Path) -> None
         [sys.executable, "-m", "align.cli", "run", str(recipe), "--runs", str(tmp_path / "runs")],
         cwd=ROOT,
         env=stage_runs.environment() | {"PYTHONPATH": str(ROOT)},
-        timeout=300,
+        timeout=1200,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
