@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from align.core.metrics import described
 from align.pipeline.processes import free_port, stage_argv
-from tests.e2e.warm import Fork
+from tests.e2e.warm import Fork, Fresh, Program
 from tests.moments import signal_at
 
 LIMIT_S = 1800.0
@@ -137,23 +137,11 @@ def run(
     arguments = [kind or stage, "--recipe", str(recipe), "--stage", stage]
     arguments += ["--run-dir", str(run_dir)]
     arguments += [word for o in overrides for word in ("--set", o)] + list(flags)
-    argv = stage_argv(arguments, ranks=ranks, on_gpu=False)
-    if ranks == 1 and fresh is None:
-        fork = Fork(argv[argv.index("-m") :], environment())
-        return fork.wait(LIMIT_S), fork.said()
-    process = subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment() | dict(fresh or {}),
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=LIMIT_S)
-    finally:
-        end(process)
-    return process.returncode, said
+    # Without the interpreter and its -u.
+    argv = stage_argv(arguments, ranks=ranks, on_gpu=False)[2:]
+    kept = fresh is None and ranks == 1
+    program = Fork(argv, environment()) if kept else Fresh(argv, environment() | dict(fresh or {}))
+    return program.wait(LIMIT_S), program.said()
 
 
 def finish(recipe: Path, stage: str, run_dir: Path, **options) -> str:
@@ -187,21 +175,24 @@ def end(process: subprocess.Popen[str]) -> None:
     process.wait(timeout=LIMIT_S)
 
 
-def finish_ranks(command: Sequence[str], ranks: int) -> None:
+def finish_ranks(
+    command: Sequence[str], ranks: int, *, start: Callable[..., Program] = Fork
+) -> None:
     """Run a worker as ``ranks`` processes of one group; all must end well.
 
     Args:
         command: the worker's file and its arguments.
         ranks: number of processes.
+        start: ``Fresh`` where the environment has to be there when Python starts.
     """
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    forks = [
-        Fork(command, environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)})
+    programs = [
+        start(command, environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(ranks)
     ]
-    codes = [fork.wait(LIMIT_S) for fork in forks]
-    for fork, code in zip(forks, codes, strict=True):
-        assert code == 0, fork.said()[-3000:]
+    codes = [program.wait(LIMIT_S) for program in programs]
+    for program, code in zip(programs, codes, strict=True):
+        assert code == 0, program.said()[-3000:]
 
 
 def weights(run_dir: Path, stage: str) -> bytes:

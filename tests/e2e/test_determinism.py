@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
-
-from align.pipeline.processes import free_port
 
 WORKER = Path(__file__).parent / "workers" / "stages.py"
 STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
@@ -36,27 +33,10 @@ def work(recipe: Path, run_dir: Path, stages: tuple[str, ...], *, ranks: int) ->
     if ranks > 1:
         overrides += [f"stages.{s}.ranks={ranks}" for s in STAGES]
         overrides += [f"stages.{s}.zero.stage={zero}" for s, zero in ZERO.items()]
-    command = [sys.executable, str(WORKER), "--recipe", str(recipe), "--run-dir", str(run_dir)]
+    command = [str(WORKER), "--recipe", str(recipe), "--run-dir", str(run_dir)]
     command += ["--stages", *stages, *(word for o in overrides for word in ("--set", o))]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=runs.environment() | world | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            start_new_session=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        said = [p.communicate(timeout=runs.LIMIT_S)[0] for p in processes]
-    finally:
-        for process in processes:
-            runs.end(process)
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    # Each Python has a seed of its own for its hashes.
+    runs.finish_ranks(command, ranks, start=runs.Fresh)
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, f
     # What is freed before the product sets this, in imports, would count or not by chance.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
-        runs.finish_ranks(command, 2)
+        runs.finish_ranks(command, 2, start=runs.Fresh)
     size = (large / "model.safetensors").stat().st_size / 2**20
     saved = load_file(model / "model.safetensors")
     found = [torch.load(out / f"{rank}.pt") for rank in range(2)]

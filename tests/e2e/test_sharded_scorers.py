@@ -42,7 +42,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
         for ranks in (1, 2):
-            runs.finish_ranks(command, ranks)
+            runs.finish_ranks(command, ranks, start=runs.Fresh)
     return out
 
 

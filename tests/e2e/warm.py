@@ -8,24 +8,36 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Protocol
 from unittest import mock
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.e2e.warm_imports"])
 
 
+class Program(Protocol):
+    """A running Python program in a session of its own, and what it writes."""
+
+    def wait(self, limit_s: float) -> int:
+        """Return the exit code, negative for a signal; what is over the limit is killed."""
+        ...
+
+    def said(self) -> str:
+        """Return everything that it wrote."""
+        ...
+
+
 class Fork:
-    """A running program: ``python SCRIPT ...`` or ``python -m MODULE ...`` in its own session."""
+    """A program as a fork; ``argv`` is what would follow ``python``."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start it; ``argv`` is what follows ``python``."""
-        # A file, not a pipe: a rank that fills its pipe unread waits for ever, as do the others.
-        self._said = tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._said = _file()
         given = (list(argv), dict(environment), self._said.name)
         self._process = FORKS.Process(target=_become, args=given)
         # The first start also starts the process that all are forks of, and one that would warn of
@@ -35,22 +47,53 @@ class Fork:
             self._process.start()
 
     def wait(self, limit_s: float) -> int:
-        """Return the exit code, negative for a signal; what is over the limit is killed."""
         self._process.join(limit_s)
-        self.kill()
+        _kill(self._process.pid or 0)
         self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
 
-    def kill(self) -> None:
-        """Kill what is left of its processes."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+    def said(self) -> str:
+        return _read(self._said)
+
+
+class Fresh:
+    """A program in a Python of its own; ``argv`` is what follows ``python``."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._said = _file()
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", *argv],
+            env=dict(environment),
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def wait(self, limit_s: float) -> int:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(limit_s)
+        _kill(self._process.pid)
+        return self._process.wait()
 
     def said(self) -> str:
-        """Return everything that it wrote."""
-        self._said.seek(0)
-        return self._said.read()
+        return _read(self._said)
+
+
+def _file() -> IO[str]:
+    # A file, not a pipe: a rank that fills its pipe unread waits for ever, as do the others.
+    return tempfile.NamedTemporaryFile("a+", encoding="utf-8", errors="replace")
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _kill(session: int) -> None:
+    """Kill what is left of a session."""
+    with suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)
 
 
 def _become(argv: list[str], environment: dict[str, str], said: str) -> None:
