@@ -138,6 +138,7 @@ def _tests_of(row: Mapping[str, Any], column: str | None) -> Tests:
             value = json.loads(value)
         except ValueError:
             raise InvalidScoreError("tests begin like JSON and are none") from None
+    # One test, the fields of several, or a list of either.
     if not value:
         raise InvalidScoreError(f"no tests in column {column}" if column else "no tests in the row")
     if isinstance(value, str):

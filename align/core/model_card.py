@@ -74,6 +74,7 @@ def card_text(
     method = (spec.get("tuning") or {}).get("method", "full")
     pipeline = PIPELINES.get(str(manifest.get("kind")), "text-classification")
     tags = ["align", str(kind), *([str(method)] if method not in ("full", "head") else [])]
+    # Of what was read from the Hub, all but the base model is data.
     datasets = [name for name in _hub_sets(manifest) if name != front.get("base_model")]
     meta = {**front, "library_name": "transformers", "pipeline_tag": pipeline, "tags": tags}
     meta |= {"datasets": datasets} if datasets else {}

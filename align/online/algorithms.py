@@ -65,6 +65,7 @@ def build_algorithm(spec: OnlineStage) -> OnlineAlgorithm:
     facts = spec.algorithm_facts
     if ":" in spec.objective:
         named_function("objective", spec.objective)  # an error before the first step
+    # Only the first of several steps is taken by the policy that sampled.
     several = spec.minibatches * spec.update_epochs > 1
     kl_in_loss = "corrected" if spec.kl.corrected else spec.kl.estimator
     objective = partial(

@@ -151,6 +151,7 @@ def reference_rows(
         micro_tokens=micro_tokens,
         store=store,
     )
+    # A row's own response is followed by the mismatched one.
     known = dict(zip(places, zip(found[0::2], found[1::2], strict=True), strict=True))
     unknown = (math.nan, math.nan)
     values = [known.get(i, unknown) for i in range(len(rows))]

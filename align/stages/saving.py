@@ -43,6 +43,7 @@ def save_trained_scorer(model: RewardModel, *, source_dir: Path, out: Path) -> N
     The head is trained in full and saved beside the merged backbone.
     """
     directory = out / "model"
+    # The names that the file must have, from a backbone without storage.
     with torch.device("meta"):
         bare = AutoModel.from_config(
             AutoConfig.from_pretrained(str(source_dir), trust_remote_code=False)

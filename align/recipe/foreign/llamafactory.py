@@ -268,6 +268,7 @@ def _source(
         return source_of(path)
     columns = entry.get("columns") or {}
     sharegpt = entry.get("formatting") == "sharegpt"
+    # LLaMA-Factory's name of each column, and the field that stands for it in this suite.
     usual = (
         {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
         if sharegpt

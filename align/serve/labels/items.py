@@ -211,6 +211,7 @@ def from_samples(sides: Sequence[Side], kind: Kind, *, by: Sequence[str] = ()) -
             for side, samples in zip(sides, found, strict=True)
             for candidate in _responses(side, samples, kind)
         ]
+    # Samples to one prompt: of one model in twos, of two models the n-th ones of both.
     if len(sides) == 1:
         pairs = [
             (rows[i], rows[i + 1]) for rows in found[0].values() for i in range(0, len(rows) - 1, 2)

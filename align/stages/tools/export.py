@@ -70,6 +70,7 @@ def export(
     _refuse_overlap(source, out)
     form = _format(source, name, dtype=dtype, base=base)
     probe = probe_of(source.model_dir, prompts)
+    # The folder gets its name at the end: an export that differs from its source leaves none.
     with new_folder(out, force=force) as folder:
         notes = _write(source, folder, form)
         (folder / CARD).write_text(_card(source, folder, form), encoding="utf-8")
