@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from align.core.errors import ArtifactError
 from align.export import llama_cpp
@@ -260,7 +260,7 @@ def _run_quantize(program: str, whole: Path, file: Path) -> None:
 
 
 def gguf_problems(
-    source: Source, folder: Path, model: PreTrainedModel, *, row: float
+    source: Source, folder: Path, model: Any, *, row: float
 ) -> Iterator[str]:
     """Yield one line for each difference between a GGUF file and the source.
 
