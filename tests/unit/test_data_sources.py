@@ -159,3 +159,24 @@ def test_dates_and_decimals_of_typed_tables_are_values_of_json(tmp_path: Path) -
     }
     ((row, _),) = read(tmp_path / "t.parquet")
     assert json.loads(json.dumps(row)) == row == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('[{"a": 1},]', "1:11"),
+        ('[{"a": 1},\n  {"b": 2},,]', "2:12"),
+        ('[{"a": 1}, {"b": tru}]', "1:18"),
+        ('{"a": 1} {"b":}', "1:15"),
+        # The second object begins after the first part of the file that is read at once.
+        ('[\n{"a": "' + "x" * 200_000 + '"}, {"b" 2}]', "2:200017"),
+    ],
+    ids=["comma at the end", "two commas", "word", "no value", "long line"],
+)
+def test_broken_element_of_an_array_has_its_line_and_column(
+    tmp_path: Path, text: str, place: str
+) -> None:
+    """Counted by hand, from 1: the character at which the value should begin."""
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=rf"a\.json:{place}: broken JSON"):
+        list(read_rows(str(tmp_path / "a.json")))

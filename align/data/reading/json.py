@@ -86,11 +86,14 @@ class _Tape:
         self.name, self.text, self.at = name, "", 0
         self._undecoded = b""
         self._mark, self._mark_line = 0, 1
+        self._cut = 0
+        """Characters of the first line in the buffer that were dropped."""
         self.fault: DataError | None = None
 
     def more(self) -> bool:
         """Drop the text already read and read as much again as remains; return False at the end."""
         self.line_at(self.at)
+        self._cut = self.column_at(self.at) - 1
         self._mark = 0
         self.text, self.at = self.text[self.at :], 0
         if len(self.text) > max_row():
@@ -146,7 +149,8 @@ class _Tape:
 
     def column_at(self, at: int) -> int:
         """Return the column of a position, from 1."""
-        return at - self.text.rfind("\n", 0, at)
+        start = self.text.rfind("\n", 0, at)
+        return at - start if start >= 0 else at + 1 + self._cut
 
     def value(self) -> Any:
         """Return the decoded value that begins at the current position."""
