@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.core.accelerator import describe_devices
-from align.core.errors import ArtifactError
+from align.core.errors import ArtifactError, UnreadableError
 from align.core.sources import extension_hashes, with_source_hashes
 
 MANIFEST = "manifest.json"
@@ -88,6 +88,9 @@ def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
     Args:
         path: the file.
         record: the result of ``file_record``, or only its ``sha256``.
+
+    Raises:
+        UnreadableError: this user may not read the file.
     """
     try:
         state = path.stat()
@@ -99,6 +102,8 @@ def is_unchanged(path: Path, record: Mapping[str, Any]) -> bool:
         if size is not None and state.st_mtime_ns == record.get("mtime_ns"):
             return True
         return file_sha256(path) == record["sha256"]
+    except PermissionError as error:
+        raise UnreadableError(path) from error
     except OSError:
         return False
 
@@ -213,20 +218,35 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> Path:
     return path
 
 
+def has_manifest(directory: Path) -> bool:
+    """Return whether a folder has a manifest.
+
+    Raises:
+        UnreadableError: this user may not look into the folder.
+    """
+    try:
+        return (directory / MANIFEST).is_file()
+    except PermissionError as error:
+        raise UnreadableError(directory) from error
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return an artifact's manifest without verifying its files.
 
     Raises:
         ArtifactError: the manifest is missing or invalid.
+        UnreadableError: this user may not read it.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    if not has_manifest(directory):
         state = "is not finished" if directory.is_dir() else "does not exist"
         raise ArtifactError(
             f"{directory}: no {MANIFEST}, so this artifact {state}; run its stage first"
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as e:
+        raise UnreadableError(path) from e
     except (OSError, ValueError, RecursionError) as e:
         raise ArtifactError(
             f"{path}: not valid JSON ({e}); run the stage again with --force"

@@ -42,6 +42,18 @@ class ArtifactError(AlignError, OSError):
     exit_code = EXIT_USER
 
 
+class UnreadableError(AlignError):
+    """A file of a run that belongs to another user; nothing is known about its content."""
+
+    exit_code = EXIT_USER
+
+    def __init__(self, path: object) -> None:
+        super().__init__(
+            f"{path}: this user may not read it, so nothing is known about it. Fix the permissions "
+            "(ls -l), or run as the user who made it; nothing was changed"
+        )
+
+
 class PreflightError(AlignError):
     """A stage that a check stopped before its first step; each line says what to do."""
 

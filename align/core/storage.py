@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -164,7 +164,8 @@ def _number_of(error: BaseException | None) -> int | None:
 
 
 def _existing(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
+    # Unlike Path.exists, False if this user may not look into the folder above.
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
@@ -185,9 +186,9 @@ def device_of(place: Path) -> str:
 def _largest_mib(folder: Path) -> int:
     """Return the size of the largest checkpoint, complete or not, below a stage's folder."""
     sizes = [0]
-    for checkpoint in folder.glob("checkpoints/*"):
-        try:
-            sizes.append(sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()))
-        except OSError:
-            continue
+    # A folder of another user cannot be listed; a file may vanish while it is counted.
+    with suppress(OSError):
+        for checkpoint in folder.glob("checkpoints/*"):
+            with suppress(OSError):
+                sizes.append(sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file()))
     return -(-max(sizes) // MIB)

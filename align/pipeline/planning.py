@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.artifacts import MANIFEST, file_sha256, find_damage, read_manifest, spec_hash
+from align.core.artifacts import (
+    MANIFEST,
+    file_sha256,
+    find_damage,
+    has_manifest,
+    read_manifest,
+    spec_hash,
+)
 from align.core.errors import ArtifactError
 from align.core.identity import changed_file, read_begun
 from align.data.reading.provenance import named_files
@@ -54,7 +61,7 @@ def _status(
     recipe: Recipe, name: str, *, run_dir: Path, hashes: Mapping[str, str]
 ) -> tuple[Status, str]:
     folder = run_dir / name
-    if not (folder / MANIFEST).is_file():
+    if not has_manifest(folder):
         return _unfinished_status(recipe, name, folder=folder, expected_hash=hashes[name])
     try:
         manifest = read_manifest(folder)
