@@ -259,9 +259,7 @@ def _run_quantize(program: str, whole: Path, file: Path) -> None:
         raise ArtifactError(f"{QUANTIZE} failed with exit code {done.returncode}: {tail}")
 
 
-def gguf_problems(
-    source: Source, folder: Path, model: Any, *, row: float
-) -> Iterator[str]:
+def gguf_problems(source: Source, folder: Path, model: Any, *, row: float) -> Iterator[str]:
     """Yield one line for each difference between a GGUF file and the source.
 
     Args:
