@@ -257,12 +257,10 @@ def read_examples(spec: DataSpec, *, kind: Kind, seed: int) -> Iterator[Example]
         try:
             if isinstance(row, DataError):
                 raise row
-            found: list[Example] = []
             row = rename_fields(row, spec.rename, source=source)
+            found: list[Example] = []
             for worded in _worded(row, spec, source=source, seed=seed):
-                form = detector.format_of(worded, source)
-                made = to_examples(worded, kind=kind, format=form, source=source)
-                found += [as_chat(e) for e in made] if spec.strings == "chat" else made
+                found += _converted(worded, spec, detector, kind=kind, source=source)
         except DataError as error:
             errors.append(str(error))
             if len(errors) > MAX_REPORTED:
@@ -286,6 +284,15 @@ def read_examples(spec: DataSpec, *, kind: Kind, seed: int) -> Iterator[Example]
     forms = ", ".join(f"{n} x {name}" for name, n in detector.counts.items())
     logger.info("%s: %s, %d rows for %s", spec.path, forms, contents.total, wanted)
     contents.log(spec, kind=kind)
+
+
+def _converted(
+    row: Row, spec: DataSpec, detector: FormatDetector, *, kind: Kind, source: str
+) -> list[Example]:
+    """Return the examples of a row, as turns of the chat template if the spec wants that."""
+    form = detector.format_of(row, source)
+    made = to_examples(row, kind=kind, format=form, source=source)
+    return [as_chat(example) for example in made] if spec.strings == "chat" else made
 
 
 class _Contents:
