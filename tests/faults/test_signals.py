@@ -68,7 +68,12 @@ def start(mode: str) -> subprocess.Popen[str]:
         "import sys; from align.pipeline import run;"
         "sys.exit(run('r.yaml', module='stage_without_model'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # also below nohup
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while not Path("ready").exists():
         assert process.poll() is None, process.communicate()[0]
         os.sched_yield()

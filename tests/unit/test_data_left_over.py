@@ -127,6 +127,13 @@ def test_question_that_needs_a_column_is_not_asked_without_it(name: str) -> None
         assert read(named, "prompts").columns[f"{lost.split(', ')[0]}_column"] is not None
 
 
+@pytest.mark.parametrize("key", ["privileged_context", "gold_passage", "Judge-Context"])
+def test_columns_that_the_model_is_not_to_see_stay_columns(key: str) -> None:
+    assert read({"prompt": "Where?", key: "Oslo"}, "prompts").columns[key] == "Oslo"
+    with pytest.raises(DataError, match="wiki_context: 'Oslo' would be dropped"):
+        read({"prompt": "Where?", "wiki_context": "Oslo"}, "prompts")
+
+
 @pytest.mark.parametrize("kind", ["sft", "prompts"])
 def test_passage_is_read_below_the_question_by_the_key_of_the_message(kind: Kind, tmp_path) -> None:
     path = tmp_path / "q.jsonl"

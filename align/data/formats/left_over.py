@@ -26,6 +26,9 @@ _READ += ("suffix",)  # of rows that fill in the middle
 _READ_WORDS = frozenset(("context", "contexts", "passage", "passages", "document", "documents"))
 _READ_WORDS |= {"paragraphs", "choices", "options"}
 """Last words of the names of such columns, such as wiki_context."""
+_UNSEEN = frozenset(("privileged", "teacher", "reference", "gold", "judge", "grader", "hidden"))
+"""First words of names of columns that the model is not to see, such as privileged_context, which
+TRL's self-distillation shows the teacher alone."""
 _CHOICE = re.compile(r"[a-h]|(choice|option|opt?|ending|distractor|sol)_?([a-h]|\d)")
 """Names of columns with one choice each, such as those of MMLU's tables (A, B, C, D)."""
 _CHOICES = ("choices", "options", "endings")
@@ -79,7 +82,8 @@ def _part(key: str, example: Example, kind: Kind) -> str:
     name = plain_name(key)
     if name in _CHOICES or _CHOICE.fullmatch(name):
         return "choice"
-    if name in (*QUESTION_TEXTS, *_READ) or name.rpartition("_")[2] in _READ_WORDS:
+    words = name.split("_")
+    if name in (*QUESTION_TEXTS, *_READ) or (words[-1] in _READ_WORDS and words[0] not in _UNSEEN):
         return "question"
     if kind not in ("sft", "preference", "unpaired"):
         return ""
