@@ -37,9 +37,13 @@ class BenchContext(StageContext):
 
     gate: Gate | None = None
 
+    def folder_of(self, reference: str) -> Path:
+        """Return a folder of the benchmark."""
+        return self.run_dir / reference
+
     def artifact(self, reference: str, kind: str, *, with_adapter: bool = False) -> Artifact:
         """Name a folder of the benchmark; there is no manifest to verify."""
-        return Artifact(self.run_dir / reference, {})
+        return Artifact(self.folder_of(reference), {"kind": kind})
 
     def metrics(self, total_steps: int) -> Any:
         """Begin the rounds."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from align.core.artifacts import write_manifest
 from benchmarks.harness import Side, alternate, ratio, same_numbers, spread, summary
 from benchmarks.roof import training_flops
 from benchmarks.rows import ROWS, Row
@@ -90,6 +91,7 @@ def prepare(row: Row, folder: Path, *, shape: str, dtype: str) -> list[int]:
     """Write model, scorer and rows; give the lengths of the rows in tokens."""
     size = SHAPES[shape]
     write_model(folder / "base" / "model", size, dtype="float32", stop_frac=row.stop_frac)
+    write_manifest(folder / "base", {"kind": "policy", "spec_hash": ""})
     if row.kind in ("reward", "ppo"):
         _write_scorer(folder)
     totals = lengths(row.lengths, row.rows, longest=row.longest, median=row.median)
