@@ -21,7 +21,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Formerly:
-    """Mark a field whose default now gives the results that this value gave as the default."""
+    """Mark a field whose default has changed but gives the results of the former default."""
 
     value: object
 
@@ -59,7 +59,7 @@ def _settings(part: object, plain: Any) -> Any:
 
 
 def _recognized(field: FieldInfo, data: object) -> object:
-    """Return a value as the versions before a change of its default wrote it."""
+    """Return a field's value as it was written before its default changed."""
     former = next((mark for mark in field.metadata if isinstance(mark, Formerly)), None)
     return data if former is None or data != field.default else former.value
 

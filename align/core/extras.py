@@ -32,9 +32,9 @@ def require(what: str, *modules: str, extra: str = "train") -> None:
 
 @contextmanager
 def as_if_absent(module: str) -> Iterator[None]:
-    """Let ``import module`` fail inside the block, unless it is loaded already.
+    """Make ``import module`` raise ImportError inside the block, unless it was imported before.
 
-    For a library that imports heavy parts of another one wherever that is installed.
+    Some libraries import a heavy optional dependency whenever it is installed.
     """
     if module in sys.modules:
         yield

@@ -1,8 +1,8 @@
-"""A failure of one rank ends every rank, whatever the others wait for.
+"""End every rank when one fails, even if the others are waiting in a collective.
 
-gloo notices that a rank has exited. NCCL does not, and neither of them notices a rank that lives on
-in another collective. So a rank that fails leaves a note in the store of the process group, and a
-thread of every rank looks for one.
+gloo detects that a rank has exited. NCCL does not, and neither detects a rank that is still running
+but in a different collective. A rank that fails therefore leaves a note in the process group's
+store, and a thread on every rank polls for it.
 """
 
 import json
@@ -21,11 +21,11 @@ from align.core.errors import EXIT_FAILED, EXIT_PREEMPTED, AlignError
 
 log = logging.getLogger(__name__)
 LOST = "another rank of this stage has ended; its own message has the reason"
-"""Start of what a rank says that ends because another one has failed."""
+"""Beginning of the message of a rank that exits because another one failed."""
 GRACE_S = 20.0
-"""How long a rank may take to end by itself after a failure, until it is ended."""
+"""Seconds that a rank has to exit by itself after a failure before it is terminated."""
 MEET_S = 20.0
-"""How long a rank whose check has failed waits for the others to pass the same check."""
+"""Seconds that a rank whose check failed waits for the others to reach the end of the check."""
 POLL_S = 1.0
 _NOTE = "failed"
 _store: Any = None
@@ -33,24 +33,24 @@ _ending = threading.Event()
 
 
 def watch_ranks() -> None:
-    """End this process from now on if another rank fails; does nothing with a single rank."""
+    """Start the thread that ends this process if another rank fails; a single rank needs none."""
     global _store
     if distributed.world_size() == 1 or _store is not None:
         return
-    # Connections of its own, so that no call here waits for a long one of the main thread.
+    # Separate connections: a call here must not wait behind a long one of the main thread.
     found: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore
     _store, watched = (PrefixStore("align/failures", found.clone()) for _ in range(2))
     threading.Thread(target=_watch, args=(watched,), daemon=True).start()
 
 
 def stop_watching() -> None:
-    """Let this process end by itself: its work is done, or its error is about to be logged."""
+    """Stop the watching thread, so that this process exits normally or reports its own error."""
     _ending.set()
 
 
 @contextmanager
 def announced() -> Iterator[None]:
-    """Tell the other ranks of an error inside the block, before anything else is cleaned up."""
+    """Notify the other ranks of an error inside the block before any cleanup begins."""
     try:
         yield
     except Exception as error:
@@ -59,7 +59,7 @@ def announced() -> Iterator[None]:
 
 
 def announce(error: Exception) -> None:
-    """Leave a note for the other ranks, unless one is there already or the stage only stops."""
+    """Record an error for the other ranks, unless there is one or the stage was asked to stop."""
     code = error.exit_code if isinstance(error, AlignError) else EXIT_FAILED
     if _store is None or code == EXIT_PREEMPTED or distributed.was_asked():
         return
@@ -95,20 +95,20 @@ def _watch(store: Any) -> None:
 
 
 class Meeting:
-    """Places that all ranks pass, counted outside of collectives."""
+    """Counter of the points that every rank has reached, without a collective."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._passed = 0
 
     def arrive(self) -> None:
-        """Count this rank at the next place."""
+        """Record that this rank has reached the next point."""
         self._passed += 1
         if _store is not None:
             _store.add(f"{self._name}/{self._passed}", 1)
 
     def all_arrived(self) -> bool:
-        """Return whether every rank comes to this rank's place within ``MEET_S`` seconds."""
+        """Return whether every rank reaches this rank's point within ``MEET_S`` seconds."""
         if _store is None:
             return True
         deadline, place = time.monotonic() + MEET_S, f"{self._name}/{self._passed}"

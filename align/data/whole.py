@@ -17,7 +17,7 @@ _SPLIT_COLUMNS += ("fold", "phase", "usage")
 
 
 class WholeSource:
-    """What the rows of one source say together; parts of a source can be joined."""
+    """Counts over all rows of a source; the counts of its parts can be added."""
 
     def __init__(self) -> None:
         self.gaps: Counter[str] = Counter()
@@ -40,14 +40,14 @@ class WholeSource:
             self.gaps["" if gap is None else better] += 1
 
     def join(self, other: "WholeSource") -> None:
-        """Add what another part of the source says."""
+        """Add the counts of another part of the source."""
         self.gaps += other.gaps
         self._others |= other._others
         for key, splits in other._splits.items():
             self._splits.setdefault(key, set()).update(splits)
 
     def faults(self) -> Iterator[Found]:
-        """Yield what a stage refuses."""
+        """Yield the faults for which a stage refuses the source."""
         for key, splits in self._splits.items():
             if len(splits) > 1 and key not in self._others:
                 yield (
@@ -67,7 +67,7 @@ class WholeSource:
             )
 
     def doubts(self) -> Iterator[str]:
-        """Yield what a stage mentions."""
+        """Yield the warnings that a stage logs."""
         for side, said in (("rejected", "a higher score"), ("neither", "the same score")):
             if count := self.gaps[side]:
                 yield (

@@ -1,4 +1,4 @@
-"""Lay in the defaults of a recipe's stages that depend on its other settings, before validation."""
+"""Fill in the defaults of a recipe's stages that depend on other settings, before validation."""
 
 from collections.abc import Mapping
 from typing import Any

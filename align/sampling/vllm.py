@@ -57,7 +57,7 @@ Without its first block, no later block of a prompt can be found in the cache.
 """
 
 RESAMPLING = "scipy.signal"
-"""What vLLM imports for sound, which no policy gets here: a fifth of the CPU time of its import."""
+"""Imported by vLLM for audio, which is unused here; a fifth of the CPU time of vLLM's import."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -1,4 +1,4 @@
-"""Say what to do with a row of no known format: names to use, or what no name can mend."""
+"""Advice for a row of no known format: names that would be read, or why no name helps."""
 
 import re
 from collections.abc import Mapping

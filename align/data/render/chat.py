@@ -152,7 +152,7 @@ class ChatFormat:
         return believed(self._row(example, example.completion), example)
 
     def sft_rows(self, examples: Sequence[Example]) -> list[TokenRow]:
-        """Return ``sft_row`` of each example, faster; any invalid one may be the one reported."""
+        """Return ``sft_row`` of each example, faster; an error may name any invalid example."""
         try:
             written = [self._written(e, e.completion) for e in examples]
         except DataError:

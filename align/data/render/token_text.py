@@ -27,7 +27,7 @@ class Written(NamedTuple):
 
 
 def believed(row: TokenRow, example: Example) -> TokenRow:
-    """Return a row with the probability of its label, which is 1 if nothing says otherwise."""
+    """Return a row with the example's label probability, 1 by default."""
     if row.label_prob == example.label_prob:
         return row
     return replace(row, label_prob=example.label_prob)

@@ -110,7 +110,7 @@ def job_recipe(
 
 
 def check_changes(changes: Sequence[str]) -> None:
-    """Check the changes of jobs' recipes, which else would end the first job.
+    """Check the changes to jobs' recipes; a wrong one would make the first job fail.
 
     Args:
         changes: ``METHOD.KEY=VALUE`` texts.
@@ -138,7 +138,7 @@ def check_changes(changes: Sequence[str]) -> None:
 
 
 def _example(method: str) -> dict[str, Any]:
-    """Return the recipe of a job with all that a client can ask for; no file of it exists."""
+    """Return the recipe of a job that uses every option; its files do not exist."""
     hyperparameters = resolved(
         method, dict.fromkeys((*DEFAULTS, "batch_size", "n_epochs"), "auto"), rows=100
     )
