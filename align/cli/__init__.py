@@ -24,7 +24,6 @@ from align.cli.serve import serve
 from align.cli.start import import_, init, recipes
 from align.core.errors import EXIT_FAILED, EXIT_USER, AlignError, RecipeError
 from align.core.failure import last_words, path_problem
-from align.core.references import find_model
 from align.core.text import visible
 
 EPILOG = """\
@@ -144,7 +143,7 @@ def show(
         else:
             show_results(recipe)
         return
-    from align.pipeline import plan
+    from align.pipeline.planning import plan
     from align.pipeline.terminal import plan_lines
     from align.recipe.load import load_resolved
     from align.recipe.show import resolved_json, resolved_yaml
@@ -195,7 +194,7 @@ def run(
     ] = None,
 ) -> None:
     """Run all unfinished stages; an interrupted stage resumes from its checkpoint."""
-    from align.pipeline import run as run_recipe
+    from align.pipeline.running import run as run_recipe
 
     code = run_recipe(
         recipe,
@@ -289,6 +288,7 @@ def chat(
     runs: Runs = Path("runs"),
 ) -> None:
     """Chat with a model; /reset starts a new conversation, /quit exits."""
+    from align.core.references import find_model
     from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
@@ -307,6 +307,7 @@ def serve_reward(
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
+    from align.core.references import find_model
     from align.pipeline.processes import become_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]

@@ -15,7 +15,6 @@ import typer
 from align.cli.options import Runs
 from align.core.errors import EXIT_USER, DataError
 from align.core.extras import require
-from align.core.references import artifact_kind, find_model
 from align.core.text import suggest, visible
 
 if TYPE_CHECKING:
@@ -197,6 +196,7 @@ def _mixed(word: str) -> tuple[str, float]:
 def _chat(model: str, template: str | None, runs: Path) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
     require("--model", "torch", "transformers")
+    from align.core.references import artifact_kind, find_model
     from align.data.render.chat import apply_tokenizer_spec
     from align.models.bringing import one_line
     from align.models.loading import bringing_in

@@ -7,10 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from align.core.artifacts import file_sha256
 from align.core.errors import DataError
@@ -26,8 +23,11 @@ from align.data.reading.sources import data_fingerprint, named_source, read_rows
 from align.data.split import side_of, split_key
 from align.data.toy import generate
 from align.data.whole import WholeSource, check_whole
-from align.data.wordings import word_row
 from align.recipe.schema import DataSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _MISSING = object()
 
@@ -104,8 +104,10 @@ def load_examples(
 
 def mix(
     sizes: Sequence[int], specs: Sequence[DataSpec], *, seed: int, mix_cap: int | None
-) -> list[NDArray[np.int64]]:
+) -> "list[NDArray[np.int64]]":
     """Return the rows of each spec in the mixture of all; see ``load_examples``."""
+    import numpy as np  # here, because ``align check`` reads the first rows without it
+
     weights = [spec.weight for spec in specs]
     if mix_cap is not None:
         weights = [float(min(size, mix_cap)) for size in sizes]
@@ -355,6 +357,8 @@ class _Contents:
 def _worded(row: Row, spec: DataSpec, *, source: str, seed: int) -> Sequence[Row]:
     if spec.templates is None:
         return [row]
+    from align.data.wordings import word_row
+
     phrasing = spec.phrasing or "one"
     return word_row(row, source, templates=spec.templates, phrasing=phrasing, seed=seed)
 
@@ -375,8 +379,10 @@ def _on_side(example: Example, spec: DataSpec, *, row: Row, side: str) -> bool:
     return side_of(key, heldout_frac=spec.heldout_frac) == side
 
 
-def _chosen(size: int, count: int, *, seed: int, purpose: str) -> NDArray[np.int64]:
+def _chosen(size: int, count: int, *, seed: int, purpose: str) -> "NDArray[np.int64]":
     """Return a seeded sample of ``count`` places of ``size``."""
+    import numpy as np
+
     # A stream for each purpose: adding a data source must not change the samples of the others.
     digest = hashlib.sha256(f"load/{purpose}/{seed}".encode()).digest()
     order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big")))

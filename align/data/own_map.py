@@ -16,7 +16,6 @@ from typing import Any
 from align.core.errors import DataError
 from align.data.reading.json import Item
 from reward_models.base import a_type
-from reward_models.own_process import load
 from reward_models.worker import Worker, WorkerError, serve
 
 log = logging.getLogger(__name__)
@@ -80,6 +79,9 @@ def _asked(worker: Worker, path: str, batch: Sequence[Item]) -> list[dict[str, A
 
 
 def _prepare() -> tuple[Any, Callable[[Mapping[str, Any]], Any]]:
+    # Here: who calls ``map_rows`` does not need it.
+    from reward_models.own_process import load
+
     try:
         function = load(sys.argv[1], {})
     # Loading runs the user's module, which may raise anything; the parent reports it.
@@ -122,6 +124,8 @@ def _plain(value: Any) -> Any:
 
 def _told(error: BaseException) -> str:
     """Return an error with the line of the user's code where it was raised."""
+    from reward_models.own_process import load
+
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename not in (__file__, load.__code__.co_filename)]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

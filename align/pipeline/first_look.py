@@ -160,14 +160,14 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
         DataError: nothing is there, it has no row, or the row is of another kind; or the file of
             its ``templates`` cannot be read.
     """
+    if source.path is None and source.labels is None:
+        return
     from align.data.formats.detect import FormatDetector, to_examples
     from align.data.load import rename_fields, source_of, with_labels_file
     from align.data.reading.sources import find_files, read_rows
-    from align.data.wordings import read_wordings
 
     source = with_labels_file(source, kind or "prompts")
-    if source.path is None:
-        return
+    assert source.path is not None
     if not find_files(source.path):
         if not is_hub_id(source.path):
             next(read_rows(source.path), None)  # raises: nothing is there
@@ -179,6 +179,8 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
         raise DataError(f"{source.path}: no row in it")
     found.num_sources += 1
     if source.templates is not None:
+        from align.data.wordings import read_wordings
+
         read_wordings(source.templates)
     if source.map or source.templates or kind is None:  # other code decides what the row becomes
         found.unseen.append(f"what becomes of the rows of {source.path}")

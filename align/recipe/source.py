@@ -7,6 +7,7 @@ Worked example. Line 4 of r.yaml is ``    coef: 0.1`` below ``kl:`` below ``ppo:
 
 import os
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -354,7 +355,7 @@ class Reader:
         ``${NAME}`` and ``${NAME:-default}`` are environment variables, ``${RECIPE_DIR}`` is the
         folder of the recipe's file, and ``$${NAME}`` is a literal ``${NAME}``.
         """
-        known = os.environ | {"RECIPE_DIR": str(Path(self.file).parent)}
+        known = ChainMap({"RECIPE_DIR": str(Path(self.file).parent)}, os.environ)
 
         def replace(match: re.Match[str]) -> str:
             name, default = match.group(1), match.group(2)

@@ -20,7 +20,8 @@ from align.core.identity import changed_file, find_difference
 from align.data.reading import read_log
 from align.data.reading.provenance import file_records, hub_revisions, named_files
 from align.data.reading.sources import data_fingerprint, read_rows
-from align.pipeline import plan, run
+from align.pipeline.planning import plan
+from align.pipeline.running import run
 from align.pipeline.verify import verify_run
 from align.recipe.load import load_recipe
 from align.stages import base

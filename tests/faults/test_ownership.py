@@ -14,7 +14,7 @@ from align.core import checkpoints, lock
 from align.core.errors import AlignError, ArtifactError, Preempted, RecipeError
 from align.core.identity import check_is_stage_folder
 from align.core.lock import SILENT_S, StageLock, _here, refuse_if_held, started_at
-from align.pipeline import run
+from align.pipeline.running import run
 from align.recipe.load import load_recipe
 
 RECIPE = "name: {name}\nstages: {{{stage}: {{kind: curate, data: [{{path: d.jsonl}}], of: sft}}}}\n"

@@ -15,7 +15,7 @@ from rich.console import Console
 from align.core import checkpoints, distributed
 from align.core.errors import ArtifactError, Preempted
 from align.core.lock import started_at
-from align.pipeline import run
+from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def start(mode: str) -> subprocess.Popen[str]:
     Path("stage_without_model.py").write_text(STAGE.replace("MODE", mode))
     code = (
-        "import sys; from align.pipeline import run;"
+        "import sys; from align.pipeline.running import run;"
         "sys.exit(run('r.yaml', module='stage_without_model'))"
     )
     process = subprocess.Popen(

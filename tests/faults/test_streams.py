@@ -13,7 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from test_signals import RECIPE, ROOT, STAGE
 
-RUN = "import sys; from align.pipeline import run; sys.exit(run('r.yaml', module='no_model'))"
+RUN = (
+    "import sys; from align.pipeline.running import run; sys.exit(run('r.yaml', module='no_model'))"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ import pytest
 from align import doctor
 from align.core import accelerator, checkpoints, distributed, extensions
 from align.core.errors import ArtifactError, DeviceError
-from align.pipeline import processes, run
+from align.pipeline import processes
+from align.pipeline.running import run
 
 ROOT = Path(__file__).resolve().parents[2]
 

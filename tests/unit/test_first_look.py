@@ -14,7 +14,7 @@ import align
 from align.cli import cli
 from align.core.errors import RecipeError
 from align.pipeline import first_look as module
-from align.pipeline import run
+from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 
 BASE = "  base: {kind: base, path: ORG/BASE}\n"
@@ -242,7 +242,8 @@ def test_python_names_the_argument_with_the_missing_file(place: Path) -> None:
 
 def test_looking_imports_no_torch(place: Path) -> None:
     code = (
-        "import sys\nfrom align.core.errors import RecipeError\nfrom align.pipeline import run\n"
+        "import sys\nfrom align.core.errors import RecipeError\n"
+        "from align.pipeline.running import run\n"
         "try:\n    run('my.yaml')\nexcept RecipeError as e:\n    print(e)\n"
         "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
     )

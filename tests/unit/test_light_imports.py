@@ -1,6 +1,7 @@
 """Libraries are imported without heavy parts of others that training does not need."""
 
 import importlib
+import json
 import subprocess
 import sys
 
@@ -64,3 +65,44 @@ def test_vllm_starts_without_the_resampling_of_sound():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["LLM False", "resample_poly"], done.stderr
+
+
+CHECK = """
+import json, sys
+before = {name.partition(".")[0] for name in sys.modules}
+sys.argv = ["align", "check", "r.yaml"]
+from align.__main__ import main
+
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+print(json.dumps([sorted(before), sorted(sys.modules)]))
+"""
+OF_CHECK = {
+    *("align", "reward_models", "typer", "shellingham", "annotated_doc"),
+    *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
+    *("yaml", "cython_runtime"),  # its parser is compiled by Cython
+}
+"""Packages that ``align check`` imports: the command line, the schema and YAML."""
+
+
+def test_a_check_imports_the_schema_and_readers_only(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    stages = {
+        "base": {"kind": "base", "path": "ORG/NAME"},
+        "sft": {"kind": "sft", "init": "base", "data": [{"path": "rows.jsonl"}]},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", "stages": stages}))
+    command = [sys.executable, "-c", CHECK]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    packages = {name.partition(".")[0] for name in after} - set(before)
+    unknown = packages - sys.stdlib_module_names - OF_CHECK
+    # Private names are parts of other packages, such as _cython_3_1_4.
+    assert not {name for name in unknown if not name.startswith("_")}, done.stderr
+    assert "asyncio" not in packages
+    assert not {"align.report", "align.pipeline.running", "align.pipeline.terminal"} & set(after)
+    # The recipe's rows were looked at, so what that needs is counted.
+    assert "align.data.load" in after

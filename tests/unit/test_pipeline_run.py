@@ -14,7 +14,8 @@ from rich.console import Console
 
 from align.api.running import execute
 from align.core.errors import RecipeError
-from align.pipeline import plan, run
+from align.pipeline.planning import plan
+from align.pipeline.running import run
 from align.pipeline.terminal import Terminal
 from align.recipe.load import load_recipe, read_resolved
 
@@ -285,7 +286,10 @@ def test_threads_follow_the_recipe_and_the_stage_hears_of_overrides():
 
 def test_sigterm_reaches_the_stage_and_its_code_75_comes_back():
     Path("base.wait").write_text("")
-    code = "import sys; from align.pipeline import run;sys.exit(run('r.yaml', module='toy_stages'))"
+    code = (
+        "import sys; from align.pipeline.running import run; "
+        "sys.exit(run('r.yaml', module='toy_stages'))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     metrics = Path("runs/toy/base/metrics.jsonl")
     while not metrics.exists() and process.poll() is None:
@@ -365,11 +369,11 @@ def test_the_recipe_is_read_once_whatever_happens_to_the_file():
 def test_grace_of_the_command_line_reaches_the_run(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    import align.pipeline
     from align.cli import cli
+    from align.pipeline import running
 
     given = []
-    monkeypatch.setattr(align.pipeline, "run", lambda *_, **options: given.append(options) or 0)
+    monkeypatch.setattr(running, "run", lambda *_, **options: given.append(options) or 0)
     for words in ([], ["--grace", "600"]):
         assert CliRunner().invoke(cli, ["run", "r.yaml", *words]).exit_code == 0
     assert [options["grace_s"] for options in given] == [120.0, 600.0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from align.cli.evaluate import card_lines, scorers_among
+from align.cli.reward_cards import card_lines, scorers_among
 from align.core.artifacts import write_json_atomic, write_manifest
 from align.core.errors import RecipeError
 from align.core.log import CARDS_FILE

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 
 from align.core.artifacts import spec_hash
-from align.pipeline import plan
+from align.pipeline.planning import plan
 from align.recipe.load import load_recipe
 from reward_models.identity import Added, Aside, Spec
 

@@ -67,7 +67,8 @@ START = """\
 import sys
 from pathlib import Path
 from align.core.errors import AlignError
-from align.pipeline import follow, nodes, run, spread
+from align.pipeline import follow, nodes, spread
+from align.pipeline.running import run
 nodes.JOIN_S, follow.VISIBLE_S = 120.0, 2.0
 spread.LAST_WORDS_S = follow.LAST_WORDS_S = 1.0
 try:
