@@ -318,7 +318,7 @@ class _Contents:
 
     def log(self, spec: DataSpec, *, kind: Kind) -> None:
         """Log what was counted."""
-        for doubt in self.whole.doubts():
+        for doubt in self.whole.doubts(kind=kind):
             logger.warning("%s: %s", spec.path, doubt)
         # A mix of plain text and conversations is probably a mistake: only the latter get the
         # template.

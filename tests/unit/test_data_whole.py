@@ -92,3 +92,40 @@ def test_negative_margins_count_and_pairs_without_scores_do_not(tmp_path: Path) 
     assert len(load(tmp_path, rows, "preference")) == 2
     with pytest.raises(DataError, match="in 2 of 3 pairs"):
         load(tmp_path, [rows[0], *rows], "preference")
+
+
+@pytest.mark.parametrize("key", ["is_safe", "solution_is_valid", "my own flag"])
+@pytest.mark.parametrize("values", [(True, False), ("True", "false"), (1, 0), (1.0, 0.0)])
+def test_a_column_that_may_rate_the_responses_is_counted_under_any_name(
+    tmp_path: Path, caplog, key: str, values: tuple[object, object]
+) -> None:
+    yes, no = values
+    rows = [{**ROWS["sft"], key: value} for value in (yes, no, no, None, yes)]
+    with caplog.at_level(logging.WARNING):
+        assert len(load(tmp_path, rows, "sft")) == 5
+    assert f"{key}: false in 2 of 4 rows, all of which are trained" in caplog.text
+    assert codes_of(tmp_path / "rows.jsonl", "sft") >= {"D084"}
+    # The key of the message rates the rows.
+    rated = load(tmp_path, [rows[0], rows[1]], "unpaired", rename={key: "label"})
+    assert [example.label for example in rated] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("sft", (True, True)),
+        ("sft", (1, 0, 2)),
+        ("sft", (True, "unknown", False)),
+        ("prompts", (True, False)),
+        ("preference", (True, False)),
+        ("corpus", (True, False)),
+    ],
+)
+def test_columns_that_divide_no_responses_are_not_counted(
+    tmp_path: Path, caplog, kind: Kind, values: tuple[object, ...]
+) -> None:
+    rows = [{**ROWS[kind], "flag": value} for value in values]
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path, rows, kind)
+    assert "flag" not in caplog.text
+    assert "D084" not in codes_of(tmp_path / "rows.jsonl", kind)

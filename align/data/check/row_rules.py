@@ -4,13 +4,17 @@ from collections.abc import Iterator, Sequence
 
 from align.core.types import Example, Text, Turn
 from align.data.formats.faults import Fault
+from align.data.formats.missing import may_be_missing
 from align.data.formats.pairs import score_gap
-from align.data.formats.turns import text_of
+from align.data.formats.turns import last_said, text_of
 
 
 def doubts(example: Example, *, kind: str) -> Iterator[Fault]:
     """Yield the warnings of an example and, for ``math``, the errors of its answer."""
     yield from _order(example, kind)
+    for side in (example.completion, example.rejected):
+        if may_be_missing(said := last_said(side)):
+            yield "D123", f"the whole response is {said.strip()!r}"
     if example.rejected is not None:
         yield from _pair(example)
     if kind == "math":

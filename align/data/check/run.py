@@ -244,16 +244,19 @@ def _add(report: Report, part: Part) -> None:
 
 
 def _look_at_sums(report: Report, request: Request) -> None:
+    name = request.path if request.stdin is None else STDIN
     look_at_balance(
         report.tally,
         kind=report.kind,
-        name=request.path if request.stdin is None else STDIN,
+        name=name,
         rows=report.rows,
         labels=report.labels,
         longer=report.longer,
     )
     for code, found in report.whole.faults():
-        report.tally.add(Finding(code, request.path if request.stdin is None else STDIN, found))
+        report.tally.add(Finding(code, name, found))
+    for found in report.whole.unused_verdicts() if report.kind == "sft" else ():
+        report.tally.add(Finding("D084", name, found))
     count = len(report.tokens)
     if report.lost > LOST_FRAC * count:
         found = (

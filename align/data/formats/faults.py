@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.formats.missing import is_blank, is_missing, may_be_missing
 
 Fault = tuple[str, str]
 """Code (an entry of align/data/check/codes.yaml) and what was found."""
@@ -26,6 +27,7 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
     that does not end with the user, and equal chosen and rejected responses.
     """
     prompt, completion, rejected = example.prompt, example.completion, example.rejected
+    yield from _missing_question(example)
     if prompt:
         yield from _content_faults(prompt, "prompt")
     elif kind in ("preference", "prompts"):
@@ -49,20 +51,39 @@ def faults(example: Example, *, kind: str) -> Iterator[Fault]:
         yield "D070", "chosen and rejected are the same"
 
 
+def _missing_question(example: Example) -> Iterator[Fault]:
+    """Yield the fault of a first question that is a word for a missing value, such as None."""
+    asked, name = example.prompt, "prompt"
+    if not isinstance(asked, str) or not asked:
+        sides = (example.prompt, example.completion)
+        turns = [turn for side in sides if side and not isinstance(side, str) for turn in side]
+        asked = next((turn["content"] for turn in turns if turn["role"] == "user"), "")
+        name = "the first question"
+    if may_be_missing(asked):
+        yield "D054", f"{name} is {asked!r}, a missing value written as text"
+
+
 def _content_faults(text: Text, name: str) -> Iterator[Fault]:
     if isinstance(text, str):
-        if not text or text.isspace():
-            yield "D054", f"{name} is empty"
+        yield from _unsaid(text, name)
         yield from _damage(text, name)
         return
     for i, turn in enumerate(text):
         content = turn["content"]
         # A tool may return nothing, and a turn may consist of tool calls alone.
         may_be_empty = turn["role"] == "tool" or "tool_calls" in turn
-        if (not content or content.isspace()) and not may_be_empty:
-            yield "D054", f"{name}[{i}]: the content of the {turn['role']} is empty"
+        if not may_be_empty:
+            yield from _unsaid(content, f"{name}[{i}]: the content of the {turn['role']}")
         for said in (content, turn.get("reasoning_content", "")):
             yield from _damage(said, f"{name}[{i}]")
+
+
+def _unsaid(text: str, name: str) -> Iterator[Fault]:
+    if is_blank(text):
+        seen = f" but for {text[:20]!r}, which shows nothing" if text.strip() else ""
+        yield "D054", f"{name} is empty{seen}"
+    elif is_missing(text):
+        yield "D054", f"{name} is {text.strip()!r}, a missing value written as text"
 
 
 def _damage(text: str, name: str) -> Iterator[Fault]:

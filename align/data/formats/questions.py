@@ -5,7 +5,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
-from align.data.formats.turns import is_nothing, not_text, shown, to_text
+from align.data.formats.turns import is_nothing, not_text, refuse_missing, shown, to_text
 from align.recipe.schema.formats import ASKED
 
 Row = dict[str, Any]
@@ -44,6 +44,8 @@ def with_input(instruction: str, given: object, source: str) -> str:
         return instruction
     if not isinstance(given, str):
         raise not_text(given, where=f"{source}: input")
+    for name, text in (("question", instruction), ("input", given)):
+        refuse_missing(text, where=f"{source}: {name}")
     return f"{instruction}\n\n{given}" if instruction else given
 
 

@@ -23,6 +23,7 @@ from align.data.formats.turns import (
     is_nothing,
     not_text,
     plain_name,
+    refuse_missing,
     refuse_switch,
     shown,
 )
@@ -172,6 +173,7 @@ def _one_text(taken: Row, names: Sequence[str], source: str) -> str:
     for name in found:
         if not isinstance(taken[name], str):
             raise not_text(taken[name], where=f"{source}: {name}")
+        refuse_missing(taken[name], where=f"{source}: {name}")
     if len({taken[name] for name in found}) > 1:
         raise DataError(f"{source}: {' and '.join(found)} differ; keep one", code="D042")
     return taken[found[0]] if found else ""

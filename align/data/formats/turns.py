@@ -11,6 +11,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.text import suggest
 from align.core.types import Text, Turn
+from align.data.formats.missing import is_missing, may_be_missing
 from align.data.formats.tools import call_of, calls_of, is_call
 
 Row = dict[str, Any]
@@ -133,6 +134,20 @@ def refuse_switch(value: object, *, where: str) -> None:
             f"trained; remove it, rename it (rename: {{{name}: {name}_mode}}), or pass it to the "
             "template (chat_template_kwargs)",
             code="D045",
+        )
+
+
+def refuse_missing(value: str, *, where: str) -> None:
+    """Raise if a text beside the question is a word for a missing value, such as ``nan``.
+
+    Raises:
+        DataError: it is one.
+    """
+    if is_missing(value) or may_be_missing(value):
+        raise DataError(
+            f"{where} is {value.strip()!r}, a missing value written as text, which would become "
+            "a part of the row; leave the field empty",
+            code="D054",
         )
 
 
@@ -379,6 +394,13 @@ def text_of(text: Text | None) -> str:
     if text is None or isinstance(text, str):
         return text or ""
     return "\n\n".join([said for turn in text for said in _said(turn)])
+
+
+def last_said(text: Text | None) -> str:
+    """Return a text, or the content of the last turn."""
+    if text is None or isinstance(text, str):
+        return text or ""
+    return text[-1]["content"] if text else ""
 
 
 def _said(turn: Turn) -> Iterator[str]:
