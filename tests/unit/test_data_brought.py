@@ -124,7 +124,7 @@ def test_turns_as_columns_are_read_as_turns(field: str, columns: dict[str, Any])
 
 @pytest.mark.parametrize("content", [["Q"], ["Q", "A", "More"], "Q"])
 def test_turns_as_columns_of_different_lengths_are_refused(content: object) -> None:
-    with pytest.raises(DataError, match=r"turns as columns .* differ in length"):
+    with pytest.raises(DataError, match=r"objects as columns .* differ in length"):
         read({"messages": {"role": ["user", "assistant"], "content": content}})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.faults import check_example
-from align.data.formats.hints import near_misses, renamed
+from align.data.formats.hints import layout_advice, near_misses, renamed
 from align.data.formats.left_over import check_left_over
 from align.data.formats.questions import prompt_of
 from align.data.formats.row_keys import (
@@ -116,7 +116,7 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
             "were made",
             code="D040",
         )
-    hint = _rename_hint(row, kind, source)
+    hint = _rename_hint(row, kind, source) or layout_advice(row)
     raise DataError(
         f"{source}: no known format has the fields {sorted(row)}{hint or near}; expected one of "
         f"{_expected(kind)}; rename the fields (rename: {{old: new}}) or convert the rows "
@@ -143,6 +143,10 @@ def _rename_hint(row: Mapping[str, Any], kind: Kind, source: str) -> str:
     for answer in ("completion", "response", "output"):
         names = renamed(row, answer=answer)
         given = {names.get(key, key): value for key, value in row.items()}
+        for old, new in names.items():
+            outer, _, inner = old.partition(".")
+            if old not in row and inner:
+                given[new] = row[outer][inner]
         with suppress(DataError):
             if names:
                 to_examples(given, kind=kind, format="auto", source=source)
@@ -263,7 +267,7 @@ def _fit(example: Example, kind: Kind, name: str) -> Example:
         ("preference", "sft"): "set answers: chosen (or both) to use the pairs as sft rows",
         ("unpaired", "sft"): "keep the rows with label true in a file without 'label'",
     }.get((has, kind), f"use a data set of kind {kind}")
-    near = near_misses(example.columns)
+    near = layout_advice(example.columns) or near_misses(example.columns)
     raise DataError(
         f"{example.source}: a {name} row is {has} data, but the stage needs {kind}; {remedy}{near}",
         code="D041" if near else "D044",

@@ -22,7 +22,7 @@ from align.data.formats.questions import (
     text_field,
     with_input,
 )
-from align.data.formats.tools import schemas_of
+from align.data.formats.tools import objects_of, schemas_of
 from align.data.formats.turns import is_nothing, not_text, shown, to_text, to_turns
 from align.recipe.schema.formats import ASKED, FORMATS, as_boolean
 
@@ -89,12 +89,7 @@ def from_unpaired(row: Row, source: str) -> list[Example]:
 
 def from_segments(row: Row, source: str) -> list[Example]:
     """Read axolotl's ``input_output`` rows: texts, of which those with label true are trained."""
-    segments = row["segments"]
-    if not isinstance(segments, list) or not all(isinstance(s, dict) for s in segments):
-        raise DataError(
-            f"{source}: segments: expected a list of {{label, text}}, found {shown(segments)}",
-            code="D050",
-        )
+    segments = objects_field(row, "segments", source)
     labels = [bool(segment.get("label")) for segment in segments]
     texts = [text_field(s, "text", f"{source}: segments[{i}]") for i, s in enumerate(segments)]
     # Prompt and completion are one border: untrained text first, trained text after it.
@@ -219,7 +214,11 @@ def from_sharegpt(row: Row, source: str) -> list[Example]:
 
 
 def from_ultrafeedback(row: Row, source: str) -> list[Example]:
-    """Read ``instruction`` and scored ``completions``: best against worst, gap as margin."""
+    """Read ``instruction`` and scored ``completions``: best against worst, gap as margin.
+
+    A system prompt that both responses were written with becomes a turn. Different ones are
+    columns, since a pair has one prompt.
+    """
     scored = []
     for i, entry in enumerate(objects_field(row, "completions", source)):
         keys = ("overall_score", "score", "fine-grained_score")
@@ -230,7 +229,7 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
                 f"found {sorted(entry)}",
                 code="D040",
             )
-        scored.append((float(entry[key]), entry["response"]))
+        scored.append((float(entry[key]), entry))
     if len(scored) < 2:
         return []
     # The first of equally good (or bad) responses, so the result does not depend on a sort.
@@ -238,13 +237,18 @@ def from_ultrafeedback(row: Row, source: str) -> list[Example]:
     if best[0] == worst[0]:
         return []
     prompt = [Turn(role="user", content=text_field(row, "instruction", source))]
-    sides = [[Turn(role="assistant", content=side[1])] for side in (best, worst)]
+    chosen, rejected = best[1], worst[1]
+    sides = [[Turn(role="assistant", content=side["response"])] for side in (chosen, rejected)]
     rest = other_fields(row, "instruction", "completions")
-    return [
-        make_pair(
-            prompt, sides[0], sides[1], row={"margin": best[0] - worst[0]}, rest=rest, source=source
-        )
-    ]
+    systems = [side.get("custom_system_prompt") for side in (chosen, rejected)]
+    if systems[0] and systems[0] == systems[1]:
+        said = text_field(chosen, "custom_system_prompt", source)
+        prompt = [Turn(role="system", content=said), *prompt]
+    else:
+        named = zip(("chosen_system_prompt", "rejected_system_prompt"), systems, strict=True)
+        rest = {**{name: value for name, value in named if value}, **rest}
+    margin = {"margin": best[0] - worst[0]}
+    return [make_pair(prompt, sides[0], sides[1], row=margin, rest=rest, source=source)]
 
 
 def from_text(row: Row | str, source: str) -> list[Example]:
@@ -393,7 +397,7 @@ def from_steps(row: Row, source: str) -> list[Example]:
 
 
 def _listed(row: Row, source: str) -> tuple[list[Any], list[Any]]:
-    steps = row["steps"]
+    steps = objects_of(row["steps"], ("text", "label"), where=f"{source}: steps")
     if not isinstance(steps, list) or not all(isinstance(s, Mapping) for s in steps):
         raise DataError(
             f"{source}: steps: expected a list of {{text, label}}, found {shown(steps)}",

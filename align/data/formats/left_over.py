@@ -62,7 +62,8 @@ def check_left_over(
     lost = {
         key: text
         for key, part in names.items()
-        if (text := _missing(example.columns[key], there, alone=part == "choice")) is not None
+        if not (part == "whole" and _contains_responses(example.columns[key], example))
+        and (text := _missing(example.columns[key], there, alone=part == "choice")) is not None
     }
     if not lost:
         return
@@ -78,7 +79,8 @@ def check_left_over(
 
 
 def _part(key: str, example: Example, kind: Kind) -> str:
-    """Return what a column may hold: a part or choice of the question, an answer, or ""."""
+    """Return what a column may hold: a part or choice of the question, an answer, the whole row
+    as one text, or ""."""
     name = plain_name(key)
     if name in _CHOICES or _CHOICE.fullmatch(name):
         return "choice"
@@ -90,6 +92,8 @@ def _part(key: str, example: Example, kind: Kind) -> str:
     # A paragraph of plain text has no prompt; a name beside it is its class or its answer.
     if example.prompt == "" and (name in _BESIDE_TEXT or (name == "label" and kind == "sft")):
         return "answer"
+    if name == "text":
+        return "whole"
     return "other" if name in _SAID else ""
 
 
@@ -105,13 +109,26 @@ def _remedy(
     first = next(iter(lost))
     if names[first] == "answer":
         return f"train it as the answer (rename: {{text: prompt, {first}: completion}}), "
-    if names[first] == "other":
+    if names[first] in ("other", "whole"):
         return ""
     asked = next((row[name] for name in ASKED if name in row), None)
     joins = form in FORMATS and "input" in FORMATS[form].uses and "input" not in row
     if len(lost) == 1 and joins and isinstance(asked, str) and isinstance(row.get(first), str):
         return f"write it below the question (rename: {{{first}: input}}), "
     return f"write {them} into the question (templates, or map: FILE.py:NAME), "
+
+
+def _contains_responses(value: object, example: Example) -> bool:
+    """Return whether a text has all responses of the row, as one that a template has rendered."""
+    whole = " ".join(value.split()) if isinstance(value, str) else ""
+    sides = [side for side in (example.completion, example.rejected) if side]
+    said = [
+        [side]
+        if isinstance(side, str)
+        else [t["content"] for t in side if t["role"] == "assistant"]
+        for side in sides
+    ]
+    return any(all(" ".join(text.split()) in whole for text in side) for side in said)
 
 
 def _missing(value: object, there: str, *, alone: bool) -> str | None:

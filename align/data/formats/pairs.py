@@ -1,5 +1,6 @@
 """Create the pair of a preference row: find its prompt and the two responses."""
 
+import re
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -11,6 +12,11 @@ from align.data.formats.turns import is_nothing, plain_name, shown
 
 Row = dict[str, Any]
 
+_SPEAKER = re.compile(
+    r"^\W*(?:assistant|ai|bot|gpt|chatgpt)\W*:|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\]",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""The beginning of a response in a dialogue that is written as one text."""
 _SCORES = ("score", "rating", "reward")
 
 
@@ -78,6 +84,14 @@ def implicit_pair(chosen: Text, rejected: Text, *, row: Row, rest: Row, source: 
         # Go back to a word boundary, so that no word is split between prompt and response.
         while 0 < count < len(chosen) and not chosen[count].isspace():
             count -= 1
+        marks = [_SPEAKER.search(side, count) for side in both]
+        if all(marks):
+            raise DataError(
+                f"{source}: chosen and rejected differ before the response: after their common "
+                f"beginning, both have {shown(marks[0][0].strip())}. Write the prompt into a field "
+                "'prompt' and leave only the responses, or write both as lists of turns",
+                code="D071",
+            )
     else:
         while count and chosen[count - 1]["role"] == "assistant":
             count -= 1  # a common prefix of the responses belongs to the responses

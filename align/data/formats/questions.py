@@ -5,6 +5,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
 from align.data.formats.pairs import as_turns
+from align.data.formats.tools import objects_of
 from align.data.formats.turns import is_nothing, not_text, refuse_missing, shown, to_text
 from align.recipe.schema.formats import ASKED
 
@@ -12,6 +13,7 @@ Row = dict[str, Any]
 
 ANSWERED = ("completion", "response", "output", "solution", "answer")
 """Fields that may contain the answer of a row; the first that is present is used."""
+_OBJECT_KEYS = ("response", "text", "output")
 _END_MARK = "<|endoftext|>"
 
 
@@ -30,7 +32,7 @@ def text_field(row: Row, field: str, source: str) -> str:
 
 def objects_field(row: Row, field: str, source: str) -> list[Row]:
     """Return a field that must contain a list of objects."""
-    value = row[field]
+    value = objects_of(row[field], _OBJECT_KEYS, where=f"{source}: {field}")
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise DataError(
             f"{source}: {field}: expected a list of objects, found {shown(value)}", code="D050"

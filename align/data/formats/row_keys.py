@@ -21,11 +21,11 @@ from align.data.formats.turns import (
     guess,
     is_about_loss,
     is_nothing,
-    not_text,
     plain_name,
     refuse_missing,
     refuse_switch,
     shown,
+    text_of_parts,
 )
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 WEIGHTS = ("weight", "loss_weight", "sample_weight")
 TEMPLATE = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PLACES = (*_MEDIA, "url", "urls", "path", "paths", "file", "files", "bytes", "data", "base64")
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _THOUGHTS = ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "reasoning_trace")
@@ -126,7 +127,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
 def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> None:
     away = "or rename it to pass it to the rewards as a column (rename: {{{0}: {0}_column}})"
     for key in given:
-        if key in _MEDIA:
+        if _is_media(key, given[key]):
             raise DataError(
                 f"{source}: {key}: images, video and audio cannot be trained on; remove the row, "
                 f"{away.format(key)}",
@@ -163,6 +164,14 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
             )
 
 
+def _is_media(key: str, value: object) -> bool:
+    """Return whether a column is an image or the like, or says where one is (``image_url``)."""
+    words = plain_name(key).split("_")
+    if key not in _MEDIA and not (words[0] in _MEDIA and words[-1] in _PLACES):
+        return isinstance(value, bytes)
+    return not isinstance(value, bool | int | float)
+
+
 def _is_token_mask(key: str, value: object) -> bool:
     """Return whether a column masks tokens, as ``labels`` of tokenized rows do by -100."""
     return key == "labels" and isinstance(value, list) and -100 in value
@@ -170,13 +179,12 @@ def _is_token_mask(key: str, value: object) -> bool:
 
 def _one_text(taken: Row, names: Sequence[str], source: str) -> str:
     found = [name for name in names if name in taken]
-    for name in found:
-        if not isinstance(taken[name], str):
-            raise not_text(taken[name], where=f"{source}: {name}")
-        refuse_missing(taken[name], where=f"{source}: {name}")
-    if len({taken[name] for name in found}) > 1:
+    texts = [text_of_parts(taken[name], where=f"{source}: {name}") for name in found]
+    for name, text in zip(found, texts, strict=True):
+        refuse_missing(text, where=f"{source}: {name}")
+    if len(set(texts)) > 1:
         raise DataError(f"{source}: {' and '.join(found)} differ; keep one", code="D042")
-    return taken[found[0]] if found else ""
+    return texts[0] if texts else ""
 
 
 def _tools(taken: Row, source: str) -> tuple[Mapping[str, Any], ...]:

@@ -1,6 +1,7 @@
 """Convert tool schemas and tool calls to the form that chat templates expect."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from align.core.errors import DataError
@@ -18,6 +19,32 @@ def parsed(value: object) -> Any:
         return value
 
 
+def objects_of(value: Any, keys: Sequence[str], *, where: str) -> Any:
+    """Return the list of objects that a value stores as one list per key; else the value.
+
+    This is how ``datasets`` stores a sequence of objects.
+
+    Args:
+        value: anything.
+        keys: keys of such objects; a list under one of them means that every key has a list.
+        where: the place, for messages.
+
+    Raises:
+        DataError: the lists differ in length.
+    """
+    if not isinstance(value, dict) or not any(isinstance(value.get(key), list) for key in keys):
+        return value
+    columns = {key: items for key, items in value.items() if items is not None}
+    sizes = {len(items) if isinstance(items, list) else -1 for items in columns.values()}
+    if len(sizes) > 1 or -1 in sizes:
+        raise DataError(
+            f"{where}: objects as columns ({', '.join(value)}) whose lists differ in length; "
+            "expected one item per object in each",
+            code="D050",
+        )
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+
+
 def schemas_of(value: object, *, where: str) -> tuple[Item, ...]:
     """Return tool schemas as ``{"type": "function", "function": {...}}``.
 
@@ -32,6 +59,7 @@ def schemas_of(value: object, *, where: str) -> tuple[Item, ...]:
     found = parsed(value)
     if found is None or found == "":
         return ()
+    found = objects_of(found, ("function", "name"), where=where)
     listed = [parsed(item) for item in (found if isinstance(found, list) else [found])]
     schemas = []
     for i, item in enumerate(listed):
@@ -75,6 +103,7 @@ def calls_of(value: object, *, where: str) -> list[Item]:
     found = parsed(value)
     if found is None or found == "":
         return []
+    found = objects_of(found, ("function", "name"), where=where)
     items = found if isinstance(found, list) else [found]
     return [call_of(item, where=f"{where}[{i}]") for i, item in enumerate(items)]
 

@@ -12,7 +12,7 @@ from align.core.errors import DataError
 from align.core.text import suggest
 from align.core.types import Text, Turn
 from align.data.formats.missing import is_missing, may_be_missing
-from align.data.formats.tools import call_of, calls_of, is_call
+from align.data.formats.tools import call_of, calls_of, is_call, objects_of
 
 Row = dict[str, Any]
 
@@ -49,6 +49,8 @@ TURN_FIELDS = (
 )
 """Fields that may hold turns."""
 _TURNS_AS_TEXT = re.compile(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']\s*:")
+_ONE_RESPONSE = ("completion", "response", "output", "solution", "answer", "chosen", "rejected")
+"""Fields with one response, of which rows often have a list."""
 _CALLS = ("function_call", "tool_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = (
@@ -170,31 +172,13 @@ def to_turns(value: object, *, field: str, source: str) -> list[Turn]:
         DataError: not a list of turns, an unknown role or key, or a content that is not text.
     """
     if isinstance(value, dict):
-        value = _turns_of_columns(value, f"{source}: {field}")
+        value = objects_of(value, ("role", "from"), where=f"{source}: {field}")
+        value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{source}: {field}: expected a list of turns, found {shown(value)}", code="D050"
         )
     return [_turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)]
-
-
-def _turns_of_columns(value: Row, where: str) -> list[Row]:
-    """Return one turn, or the turns whose keys contain a list each, as tables of lists have them.
-
-    Raises:
-        DataError: the lists differ in length.
-    """
-    if not isinstance(value.get("role", value.get("from")), list):
-        return [value]
-    sizes = {len(v) if isinstance(v, list) else -1 for v in value.values() if v is not None}
-    if len(sizes) > 1 or -1 in sizes:
-        raise DataError(
-            f"{where}: turns as columns ({', '.join(value)}) whose lists differ in length; "
-            "expected one item per turn in each",
-            code="D050",
-        )
-    columns = {key: items for key, items in value.items() if items is not None}
-    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def is_role(value: object) -> bool:
@@ -205,10 +189,8 @@ def is_role(value: object) -> bool:
 
 def _turn(turn: object, where: str) -> Turn:
     if not isinstance(turn, dict):
-        who = "; a text alone does not say who says it. Write {role, content} (map: FILE.py:NAME)"
         raise DataError(
-            f"{where}: expected a turn, found {shown(turn)}{who if isinstance(turn, str) else ''}",
-            code="D050",
+            f"{where}: expected a turn, found {shown(turn)}{_advice(turn, where)}", code="D050"
         )
     if turn.keys() == _PLAIN_TURN:
         role, content = turn["role"], turn["content"]
@@ -238,6 +220,18 @@ def _turn(turn: object, where: str) -> Turn:
     return found
 
 
+def _advice(turn: object, where: str) -> str:
+    """Return what to do with something that is not a turn; "" if nothing is known."""
+    if not isinstance(turn, str):
+        return ""
+    if where.rpartition(" ")[2].startswith(_ONE_RESPONSE):
+        return (
+            ". Of several responses, write one, or a row for each; a table whose columns are "
+            "lists becomes rows (map: FILE.py:NAME)"
+        )
+    return "; a text alone does not say who says it. Write {role, content} (map: FILE.py:NAME)"
+
+
 def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
     """Raise unless the turn has a role and a content, and no key that would be dropped."""
     # A turn that only calls tools needs no content.
@@ -246,7 +240,8 @@ def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
     for key in needed:
         if key not in turn:
             near = next((k for k in turn if guess(k, [key])), None)
-            hint = f"; did you mean '{key}' by '{near}'?" if near else ""
+            hint = "; write {role, content} (map: FILE.py:NAME)"
+            hint = f"; did you mean '{key}' by '{near}'?" if near else hint
             raise DataError(
                 f"{where}: no '{key}' in a turn with {sorted(turn)}{hint}",
                 code="D052" if near else "D051",
@@ -304,7 +299,12 @@ def _parts_of(parts: list[Any], where: str) -> tuple[str, list[str], list[dict[s
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = (
+            part.get("type", "text" if "text" in part else None)
+            if isinstance(part, dict)
+            else type(part).__name__
+        )
         value = (
             next((part[k] for k in ("text", "value", kind) if k in part), None) if kind else None
         )
@@ -317,7 +317,8 @@ def _parts_of(parts: list[Any], where: str) -> tuple[str, list[str], list[dict[s
         else:
             raise DataError(
                 f"{where}: a part of type {kind!r} cannot be kept; only reasoning, text and "
-                "tool_call parts, in this order",
+                "tool_call parts, in this order. Write calls as tool_calls of the turn and results "
+                "as turns of role tool (map: FILE.py:NAME); images, video and audio are not read",
                 code="D056",
             )
     return "\n".join(texts), thoughts, calls
@@ -350,6 +351,19 @@ def _text(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     raise not_text(value, where=where)
+
+
+def text_of_parts(value: object, *, where: str) -> str:
+    """Return a text that may be a list of its parts.
+
+    Raises:
+        DataError: it is neither, or a part is not text.
+    """
+    if isinstance(value, list):
+        said, thoughts, calls = _parts_of(value, where)
+        if not thoughts and not calls:
+            return said
+    return _text(value, where)
 
 
 def not_text(value: object, *, where: str) -> DataError:

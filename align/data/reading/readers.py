@@ -188,7 +188,8 @@ def _plain(value: object) -> Any:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        pairs = value and all(isinstance(item, tuple) for item in value)
+        value = _map(value) if pairs else [_plain(item) for item in value]
     if isinstance(value, dict):
         kept = ((k, v) for k, v in value.items() if v is not None or k in _TURN_FIELDS)
         return {key: _plain(item) for key, item in kept}
@@ -196,6 +197,14 @@ def _plain(value: object) -> Any:
         number = float(value)
         return int(value) if number.is_integer() else number
     return str(value) if isinstance(value, date | time | timedelta) else value
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any] | list[list[Any]]:
+    """Return a cell of a column of maps as an object, or as pairs if a key occurs twice."""
+    found = {str(key): value for key, value in pairs}
+    return (
+        found if len(found) == len(pairs) else [[_plain(part) for part in pair] for pair in pairs]
+    )
 
 
 NUM_ROWS = 256
