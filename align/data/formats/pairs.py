@@ -84,11 +84,11 @@ def implicit_pair(chosen: Text, rejected: Text, *, row: Row, rest: Row, source: 
         # Go back to a word boundary, so that no word is split between prompt and response.
         while 0 < count < len(chosen) and not chosen[count].isspace():
             count -= 1
-        marks = [_SPEAKER.search(side, count) for side in both]
-        if all(marks):
+        first, second = (_SPEAKER.search(side, count) for side in both)
+        if first and second:
             raise DataError(
                 f"{source}: chosen and rejected differ before the response: after their common "
-                f"beginning, both have {shown(marks[0][0].strip())}. Write the prompt into a field "
+                f"beginning, both have {shown(first[0].strip())}. Write the prompt into a field "
                 "'prompt' and leave only the responses, or write both as lists of turns",
                 code="D071",
             )
