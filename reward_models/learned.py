@@ -3,7 +3,10 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+Load = Callable[[Path, torch.dtype], RewardModel]
+"""Loads the scorer of a folder in a dtype."""
+_load: ContextVar[Load] = ContextVar("load", default=RewardModel.load)
 
 
 class ScalarReward:
@@ -191,6 +197,16 @@ class ScalarReward:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@contextmanager
+def loading_with(load: Load) -> Iterator[None]:
+    """Load the scorers of rewards that are built inside the block with another function."""
+    token = _load.set(load)
+    try:
+        yield
+    finally:
+        _load.reset(token)
+
+
 def build_scalar(spec: ScalarSpec) -> ScalarReward:
     """Load the scorer of a spec's ``model`` folder, onto the accelerator if there is one.
 
@@ -210,7 +226,7 @@ def load_scalar(spec: ScalarSpec | ProcessSpec, **options: Any) -> ScalarReward:
     """Load the scorer in ``spec.model`` as a reward, with further ``options`` of its class."""
     from transformers import AutoTokenizer
 
-    model = RewardModel.load(spec.model, getattr(torch, spec.dtype))
+    model = _load.get()(Path(spec.model), getattr(torch, spec.dtype))
     return ScalarReward(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         AutoTokenizer.from_pretrained(spec.model, trust_remote_code=False),

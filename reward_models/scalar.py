@@ -85,6 +85,9 @@ class RewardModel(nn.Module):
 
     backbone: Any
     """A model of transformers, which peft may have wrapped."""
+    passes: Callable[[int], int] | None = None
+    """Of a model whose weights several processes share: maps this process's number of forward
+    passes to the number that all of them make. None if processes are independent."""
 
     def __init__(
         self,
@@ -419,13 +422,10 @@ def token_values(
     device = model.head.weight.device
     was_training = model.training
     model.eval()
-    # Take the shortest rows first, and grow each batch up to the token budget.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    while order:
-        size = 1
-        while size < len(order) and len(rows[order[size]]) * (size + 1) <= micro_tokens:
-            size += 1
-        batch, order = order[:size], order[size:]
+    plan = _plan(rows, micro_tokens)
+    # Before the first pass: from then on, processes must gather the same weights in turn.
+    extra = 0 if model.passes is None else model.passes(len(plan)) - len(plan)
+    for batch in plan:
         # Pad on the right to the longest row of the batch.
         lengths = torch.tensor([len(rows[i]) for i in batch])
         width = int(lengths.max())
@@ -436,5 +436,23 @@ def token_values(
         values = model(ids.to(device), attention_mask=mask.long().to(device)).cpu()
         for row, i in enumerate(batch):
             found[i] = values[row, : len(rows[i])]
+    for _ in range(extra):
+        one = torch.zeros(1, 1, dtype=torch.long, device=device)
+        model(one, attention_mask=torch.ones_like(one))
     model.train(was_training)
     return found
+
+
+def _plan(rows: Sequence[Sequence[int]], micro_tokens: int) -> list[list[int]]:
+    """Return the indices of the rows of each forward pass, from the shortest rows to the longest.
+
+    A pass has as many rows as fit into the budget of padded tokens, and at least one.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    plan: list[list[int]] = []
+    for i in order:
+        if plan and len(rows[i]) * (len(plan[-1]) + 1) <= micro_tokens:
+            plan[-1].append(i)
+        else:
+            plan.append([i])
+    return plan

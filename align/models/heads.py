@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, PreTrainedModel
 
+from align.core import distributed
 from align.core.errors import ArtifactError
 from align.models.attention import Segments, segments_from_positions
 from align.models.decoder import (
@@ -22,7 +23,13 @@ from align.models.logprobs import causal_lm
 from align.models.padded import right_padded
 from align.models.sharding import load_backbone_in_shards
 from reward_models.paired import separator_of
-from reward_models.scalar import SCORER_FILE, RewardModel, drop_pooler, reads_first
+from reward_models.scalar import (
+    SCORER_FILE,
+    RewardModel,
+    drop_pooler,
+    exact_attention,
+    reads_first,
+)
 
 
 def scorer_from(
@@ -72,6 +79,27 @@ def scorer_from(
         keep_layout(model)
         settle_decoder(model.backbone)
     return model.train()
+
+
+def shared_scorer(model_dir: Path, dtype: torch.dtype, *, shards: Mapping[str, Any]) -> RewardModel:
+    """Load the scorer of a reward, with its decoder or encoder in the shards of ZeRO-3.
+
+    Every rank must score as often as the others, each its own rows. A model that cannot be loaded
+    in shards is whole.
+
+    Args:
+        model_dir: folder of the scorer. dtype: of its weights. shards: see ``load_policy``.
+    """
+    config = AutoConfig.from_pretrained(str(model_dir), trust_remote_code=False)
+    # The attention of a reward that is whole, so that both give the same scores.
+    attention = None if reads_first(model_dir) else exact_attention(config)
+    backbone = load_backbone_in_shards(
+        model_dir, config, dtype=dtype, attention=attention, deepspeed_config=shards
+    )
+    model = RewardModel.load(model_dir, dtype, backbone=backbone)
+    if backbone is not None:
+        model.passes = lambda own: int(distributed.global_max(own))
+    return model
 
 
 def _separator(model_dir: Path, encoder: PreTrainedModel) -> int | None:

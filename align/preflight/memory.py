@@ -189,8 +189,9 @@ def other_models(
     if not isinstance(spec, OnlineStage):
         return {}
     whole = size.total * WIDTH[spec.dtype]
+    holders = ranks if spec.zero.stage == 3 else 1
     found: dict[str, float] = {
-        name: total * WIDTH[dtype] for name, (total, dtype) in rewards.items()
+        name: total * WIDTH[dtype] / holders for name, (total, dtype) in rewards.items()
     }
     # With another adapter the reference is the policy with its adapter off.
     is_copied = size.adapted or spec.tuning.method in ("full", "pissa")

@@ -136,7 +136,7 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
         with engine.awake():
             push(engine, pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
-    rewards = build_rewards(spec.rewards, context, chat.tokenizer)
+    rewards = build_rewards(spec.rewards, context, chat.tokenizer, zero=spec.zero)
     probe = Probe(
         spec,
         engine=engine,
@@ -263,7 +263,7 @@ def _begin_watch(
         prompts=without_copies(
             fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts")
         ),
-        gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer),
+        gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer, zero=spec.zero),
         reference=parts.reference,
         best=best,
         metrics=metrics,

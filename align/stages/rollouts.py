@@ -14,14 +14,17 @@ from align.data.load import load_examples
 from align.data.render.chat import ChatFormat
 from align.data.store.rows import StoredRows, with_columns
 from align.data.store.source import Loaded, fit_loaded
+from align.models.heads import shared_scorer
 from align.models.loading import num_positions
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import (
     EvaluateStage,
     MergeStage,
     OnlineStage,
+    OptimSpec,
     SelfInstructStage,
     TaskSpec,
+    ZeroSpec,
 )
 from align.sampling.build import build_engine
 from align.sampling.engine import RolloutEngine
@@ -37,13 +40,17 @@ from align.sampling.push import (
 from align.sampling.rounding import ENGINE_LIMIT, excess
 from align.stages.base import StageContext
 from align.stages.offline import read_back
+from align.training.deepspeed import deepspeed_config
 from align.training.learner import Learner
+from align.tuning.files import unmerged_adapter
 from align.tuning.loading import attach_adapter, load_tuned_policy
 from align.tuning.merging import has_adapter, merges
 from reward_models import build_reward
 from reward_models.base import RewardFunction
 from reward_models.judge import JudgeError
+from reward_models.learned import loading_with
 from reward_models.remote import RemoteRewardError
+from reward_models.scalar import RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,13 +198,19 @@ def check_saved(
 
 
 def build_rewards(
-    specs: list[Any], context: StageContext, tokenizer: "PreTrainedTokenizerBase | None" = None
+    specs: list[Any],
+    context: StageContext,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    *,
+    zero: ZeroSpec | None = None,
 ) -> list[RewardFunction]:
     """Return the rewards, with stage names resolved to the folders of their reward models.
 
     Args:
         specs: rewards of the recipe. context: context of the stage.
         tokenizer: tokenizer of the scored policy; None if rewards get text without token ids.
+        zero: of a stage whose ranks call each reward equally often. At stage 3, its reward models
+            are sharded over the ranks.
 
     Raises:
         TrainingError: a reward server or a judge cannot be used.
@@ -206,7 +219,8 @@ def build_rewards(
     """
     plain = [_resolved(s.model_dump(), context) for s in specs]
     try:
-        rewards = [build_reward(p) for p in plain]
+        with loading_with(RewardModel.load if zero is None else partial(_load, zero=zero)):
+            rewards = [build_reward(p) for p in plain]
     # A server that cannot be reached is not a mistake in the recipe.
     except (RemoteRewardError, JudgeError) as error:
         raise TrainingError(str(error)) from error
@@ -215,6 +229,15 @@ def build_rewards(
     for reward, p in zip(rewards, plain, strict=True):
         _complete(reward, p, tokenizer)
     return rewards
+
+
+def _load(folder: Path, dtype: torch.dtype, *, zero: ZeroSpec) -> RewardModel:
+    """Load a reward model, at ZeRO-3 into shards; one with an unmerged adapter is whole."""
+    if zero.stage < 3 or unmerged_adapter(folder) is not None:
+        return RewardModel.load(folder, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    # Nothing of an optimizer is used: the model is never trained.
+    return shared_scorer(folder, dtype, shards=deepspeed_config(zero, OptimSpec(), dtype=kind))
 
 
 def _complete(

@@ -1,5 +1,6 @@
 """ZeRO-3 loads a model into shards: the same weights and training, and never the whole model."""
 
+import math
 import sys
 from hashlib import sha256
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModel, BertConfig, BertModel, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
 from engine_models import words
+
+from reward_models.scalar import RewardModel
 
 WORKER = Path(__file__).parent / "workers" / "shards.py"
 LARGE_LAYERS, HIDDEN, INNER = 24, 512, 2048
@@ -34,6 +37,30 @@ def write(folder: Path, *, hidden: int, inner: int, layers: int, tied: bool = Tr
     return folder
 
 
+def scorer(folder: Path, policy: Path) -> None:
+    """Save a reward model on the decoder of a policy."""
+    torch.manual_seed(2)
+    model = RewardModel(AutoModel.from_pretrained(policy), 64)
+    model.set_normalization(mean=0.3, std=1.7)
+    model.save(folder, tokenizer=words(1600), stop_token_ids=[2])
+
+
+def encoder(folder: Path) -> None:
+    """Save a reward model on a small BERT, whose files have other names than a decoder's."""
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=1600,
+        hidden_size=64,
+        intermediate_size=1600,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    model = RewardModel(BertModel(config, add_pooling_layer=False), 64, reads="first")
+    model.save(folder, tokenizer=words(1600))
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, float]:
     """Run the worker on two ranks; give what each found, the saved tensors and the large size."""
@@ -45,6 +72,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], dict, f
     file = split / "model.safetensors"
     renamed = {n.replace("model.layers", "layers"): t for n, t in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
+    scorer(out / "scorer", model)
+    encoder(out / "encoder")
     command = [str(WORKER), "--out", str(out), "--model", str(model)]
     command += ["--large", str(large), "--split", str(split)]
     # What is freed before the product sets this, in imports, would count or not by chance.
@@ -120,6 +149,22 @@ def test_reference_of_an_online_stage_is_sharded_and_stays_the_start(found: tupl
         sharded, values = rank["reference"]
         assert sharded
         assert values == rank["logprobs"][1]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["decoder", "encoder"])
+def test_learned_rewards_of_an_online_stage_are_sharded(found: tuple, which: int) -> None:
+    lengths = []
+    for rank in found[0]:
+        scores = rank["scores"][which]
+        assert scores["whole in shards"] == [False] * 3
+        assert scores["sharded in shards"] == [True] * 3
+        assert scores["sharded"] == scores["whole"]
+        single, both = scores["whole"]
+        assert both == pytest.approx(single)
+        assert all(map(math.isfinite, single))
+        assert len(set(single)) == len(single)
+        lengths.append(len(single))
+    assert lengths == [5, 2]
 
 
 def test_training_is_the_same_to_the_bit(found: tuple) -> None:

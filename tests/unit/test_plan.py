@@ -189,6 +189,9 @@ def test_other_models_of_online_stages() -> None:
     grpo = predict(GrpoStage(kind="grpo", **common), model, **given)
     assert grpo.parts["engine"] == pytest.approx(0.3 * memory)
     assert grpo.parts["reward r"] == 4 * model.total
+    spread = GrpoStage(kind="grpo", zero=ZeroSpec(stage=3), **common)
+    shared = predict(spread, model, **given | {"ranks": 8})  # type: ignore[arg-type]
+    assert shared.parts["reward r"] == 4 * model.total / 8
     assert "reference" not in grpo.parts
     assert "critic" not in grpo.parts
     ppo = predict(PpoStage(kind="ppo", **common), model, **given)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from align.models.logprobs import LogprobModel
 from align.models.sharding import is_sharded
 from align.recipe.schema import GrpoStage, SftStage, ZeroSpec
 from align.stages.online import build_reference
+from align.stages.rollouts import build_rewards
 from align.stages.saving import save_trained_policy
 from align.stages.sft import collate, length_of
 from align.training.deepspeed import deepspeed_config
 from align.training.infer import map_rows
 from align.training.learner import Learner
 from align.training.results import ResultFile
+from reward_models.specs import EnsembleSpec, ScalarSpec
 
 ZERO = ZeroSpec(stage=3)
 
@@ -67,6 +70,34 @@ def values(module: LogprobModel, store: ResultFile | None = None) -> list[list[f
         micro_tokens=64,
         store=store,
     )
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    """Score this rank's own responses, whose number and lengths differ, whole and in shards."""
+    rank = distributed.rank()
+    own = [[3 + rank, *range(5, 5 + 9 * i)] for i in range(1, (6, 3)[rank])]
+    given: dict[str, Any] = {
+        "prompts": ["w4"] * len(own),
+        "completions": ["w5 " * i for i in range(1, len(own) + 1)],
+        "prompt_ids": [[7, 8, 9]] * len(own),
+        "completion_ids": own,
+    }
+    context: Any = SimpleNamespace(
+        name="ppo", artifact=lambda *_, **__: SimpleNamespace(model_dir=folder)
+    )
+    one = ScalarSpec(kind="scalar", model="r")
+    group = EnsembleSpec(
+        kind="ensemble", name="both", members=[one, one.model_copy(update={"name": "again"})]
+    )
+    found: dict[str, Any] = {}
+    for name, zero in (("whole", ZeroSpec(stage=0)), ("sharded", ZERO)):
+        single, both = built = build_rewards([one, group], context, zero=zero)
+        parts: Any = [single, *both.members]  # type: ignore[attr-defined]
+        for part in parts:
+            part.micro_tokens = 64
+        found[name] = [reward(**given) for reward in built]
+        found[f"{name} in shards"] = [is_sharded(part.model) for part in parts]
+    return found
 
 
 def save(module: LogprobModel, source: Path, out: Path) -> None:
@@ -123,6 +154,7 @@ def main() -> None:
     spec = GrpoStage(kind="grpo", kl={"coef": 0.1}, zero=ZERO, **COMMON)
     reference: Any = build_reference(spec, sharded, args.model)
     found["reference"] = is_sharded(reference.model), values(reference)
+    found["scores"] = scores(args.out / "scorer"), scores(args.out / "encoder")
     saving.FILE_BYTES = 2**19
     for name, module in (("whole", whole), ("sharded", sharded)):
         save(module, args.model, args.out / f"{name}-saved")
