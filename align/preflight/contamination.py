@@ -1,13 +1,18 @@
 """Preflight checks for held-out prompts that appear in the training data."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError
 from align.core.types import Example
 from align.data.load import load_examples
-from align.data.store.compared import contamination
-from align.data.text.contamination import MIN_WORDS, Contamination
+from align.data.store.columns import record
+from align.data.store.folder import open_or_build
+from align.data.store.rows import StoredExamples
+from align.data.text.contamination import MIN_WORDS, Contamination, find_contamination
 from align.preflight.checks import Check, Finding
 from align.recipe.schema import EvaluateStage, Recipe
 
@@ -37,13 +42,36 @@ def contamination_checks(
         unread = Finding("not compared", "", "warn", f"its prompts cannot be read: {error}")
         checks.append((f"contamination: {EVALUATION}", lambda: unread))
     sides = {name: rows for name, rows in sides.items() if rows}
-    for side, found in contamination(train, sides).items():
+    for side, found in _compared(train, sides).items():
         name = f"contamination: {side}" if side else "contamination"
         finding = describe(found, max_frac=None if side else max_frac)
         # Bound as a default: a plain closure would see the last finding of the loop.
         checks.append((name, lambda finding=finding: finding))
         notes.setdefault("contamination", {})[side or "heldout"] = found.note()
     return checks, notes
+
+
+def _compared(
+    train: Sequence[Example], sides: Mapping[str, Sequence[Example]]
+) -> dict[str, Contamination]:
+    """Return the comparison; for rows of a store, that of the same rows is read from there."""
+    if not isinstance(train, StoredExamples):
+        return find_contamination(train, sides)
+    # The key is a hash of all rows on both sides, so that a changed row is compared anew.
+    held = hashlib.sha256(train.identity().encode())
+    for name, rows in sides.items():
+        held.update(name.encode())
+        for example in rows:
+            held.update(record(example))
+
+    def compare(_folder: Path) -> dict[str, Any]:
+        return {"found": {k: asdict(c) for k, c in find_contamination(train, sides).items()}}
+
+    _, known = open_or_build(held.hexdigest()[:32], compare)
+    return {
+        name: Contamination(**{**found, "places": [tuple(both) for both in found["places"]]})
+        for name, found in known["found"].items()
+    }
 
 
 def describe(found: Contamination, *, max_frac: float | None) -> Finding:

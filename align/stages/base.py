@@ -43,8 +43,7 @@ from align.data.reading.provenance import file_records, hub_revisions, named_fil
 from align.data.reading.sources import parse_once
 from align.data.render.chat import ChatFormat
 from align.data.token_view import View
-from align.preflight.checks import Check
-from align.preflight.run import keep_card, run_checks
+from align.preflight.checks import Check, keep_card, run_checks
 from align.recipe.load import RECIPE_FILE, load_recipe, read_resolved, write_resolved
 from align.recipe.schema import DataSpec, EvaluateStage, Recipe, Spec, StageSpec
 from align.stages.earlier import LAYOUT, is_finished, may_reshard, refuse_other_checkpoints

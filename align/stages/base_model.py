@@ -44,8 +44,7 @@ from align.models.bringing import (
 from align.models.links import save_model
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
 from align.models.logprobs import LogprobModel
-from align.preflight.checks import Check, Finding
-from align.preflight.run import keep_card, run_checks
+from align.preflight.checks import Check, Finding, keep_card, run_checks
 from align.recipe.schema import BaseStage, BuildSpec, ZeroSpec
 from align.stages.base import Prepared, StageContext, StageResult
 from align.stages.preflight import base_checks, corpus_checks

@@ -23,8 +23,7 @@ from align.online import loop
 from align.online.algorithms import build_algorithm
 from align.online.scoring import Scores
 from align.online.summary import summarize
-from align.preflight.checks import Check, Finding
-from align.preflight.run import run_checks
+from align.preflight.checks import Check, Finding, run_checks
 from align.recipe.schema import KtoStage
 from align.sampling.experience import Experience, gather_experience
 from align.stages import kto

@@ -19,7 +19,7 @@ from align.core.card import Card, Line
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_USER, AlignError
 from align.core.failure import last_words
 from align.core.log import log, setup_logging
-from align.preflight.run import run_checks
+from align.preflight.checks import run_checks
 from align.recipe.load import read_resolved
 from align.recipe.schema import BaseStage, Recipe
 from align.stages.base import StageContext, prepare_stage
