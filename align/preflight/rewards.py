@@ -1,4 +1,4 @@
-"""Self-test of rewards: correct answers must score above wrong ones; speed; invalid scores."""
+"""Self-tests of rewards: correct answers score above wrong ones; and of functions that judge."""
 
 import re
 import time
@@ -8,10 +8,11 @@ from functools import partial
 
 from align.core.errors import DataError
 from align.core.types import Completion, PromptRow
+from align.evaluation.judge import Bench, FunctionJudge, Pair
 from align.online.scoring import score_answers
 from align.preflight.checks import Check, Finding, Verdict, spread
 from align.recipe.schema import EnsembleSpec, RewardSpec, ScalarSpec
-from reward_models.base import MissingColumnError, RewardFunction
+from reward_models.base import MissingColumnError, RewardFunction, plain_text
 from reward_models.specs import CodeSpec, LengthSpec, RefusalSpec, RemoteSpec, RepetitionSpec
 
 NUM_ROWS = 8
@@ -321,3 +322,38 @@ def _above(reward: RewardFunction, known: Known) -> int:
 
 def _said(text: str) -> Completion:
     return Completion((0,), (0.0,), "stop", text, 0)
+
+
+def judge_test(function: RewardFunction, prompts: Sequence[PromptRow]) -> Finding:
+    """Check that a judge of pairs is a function of the responses, not of their order.
+
+    A short response is compared with the text of the prompt, in both orders.
+    """
+    began = time.monotonic()
+    expected = "valid verdicts that follow the responses"
+    bench = Bench(FunctionJudge(function))
+    pairs = [
+        Pair(row.prompt, "Yes.", plain_text(row.prompt), row.columns)
+        for row in spread(prompts, NUM_ROWS)
+    ]
+    try:
+        said = bench.judge(pairs)
+    except MissingColumnError as error:
+        return Finding("its column is missing in the data", "", "fail", str(error))
+    valid = [pair for pair in said if pair.result is not None]
+    text = f"valid verdicts on {len(valid)} of {len(said)} pairs in both orders"
+    speed = f", {2 * len(said) / max(time.monotonic() - began, 1e-6):,.0f} verdicts/s"
+    reasons = ", ".join(f"{n} x {why}" for why, n in bench.report()["invalid"].items())
+    if not valid:
+        remedy = f"no pair can be judged ({reasons}), so nothing can be compared"
+        return Finding(text, expected, "fail", remedy)
+    # The same number in both orders can only be the response that is shown first, or second.
+    if all(pair.ours_first == pair.theirs_first != 0.5 for pair in valid):
+        remedy = (
+            "it gives the same verdict in both orders, so it looks at the order and every pair "
+            "ends in a tie. Compare 'completions' with 'others'"
+        )
+        return Finding(text + speed, expected, "warn", remedy)
+    if len(valid) < len(said):
+        return Finding(text + speed, expected, "warn", f"left out: {reasons}")
+    return Finding(text + speed, expected, "ok", "")

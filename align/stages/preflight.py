@@ -17,9 +17,8 @@ from align.data.token_view import NUM_SHOWN, View, view_of
 from align.models.decoder import plain_table
 from align.models.logprobs import LogprobModel
 from align.preflight.checks import Check, Finding, spread
-from align.preflight.judges import judge_test
 from align.preflight.offline import loss_checks, sides_of, start_checks, stop_check
-from align.preflight.rewards import reward_checks
+from align.preflight.rewards import judge_test, reward_checks
 from align.preflight.sampling import Probe
 from align.preflight.tokens import prompt_checks, row_checks
 from align.recipe.schema import BaseStage, EvaluateStage, OfflineStage

@@ -14,7 +14,7 @@ from align.core.errors import AlignError, RecipeError
 from align.core.types import PromptRow
 from align.evaluation.judge import Bench, BothOrders, FunctionJudge, Pair
 from align.evaluation.verdict import Responses
-from align.preflight.judges import judge_test
+from align.preflight.rewards import judge_test
 from align.recipe.load import load_recipe
 from align.recipe.schema import DataSpec
 from align.recipe.schema.evaluate import LONGER

@@ -11,7 +11,7 @@ from small_tokenizers import byte_tokenizer
 from align.core.types import TokenRow
 from align.data.render.chat import ChatFormat
 from align.data.render.templates import TEMPLATES
-from align.preflight import collated
+from align.stages.trl import preflight as collated
 
 CHAT = ChatFormat(byte_tokenizer(TEMPLATES["plain"]))
 STOP = CHAT.stop_token_ids[0]
