@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.serve.finetuning.adapters import STATES
-from align.stages.tools.checkpoint_adapter import write_adapter
+from align.stages.tools.generate import write_adapter
 from align.tuning.files import WEIGHTS
 from reward_models.graders import ask_url, request_of
 from tests.moments import wait_at

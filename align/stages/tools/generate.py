@@ -9,7 +9,9 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -17,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
-from align.core.errors import AlignError, TrainingError
+from align.core.errors import AlignError, ArtifactError, TrainingError
 
 if TYPE_CHECKING:
     from align.data.render.chat import ChatFormat
@@ -92,11 +94,54 @@ def too_long(asked: Mapping[str, Any], length: int, positions: int | None) -> di
 def adapter_of(asked: Mapping[str, Any]) -> str | None:
     """Return the folder of a request's adapter, which is taken out of its checkpoint if needed."""
     if asked["checkpoint"] is not None:
-        from align.stages.tools.checkpoint_adapter import write_adapter
-
         place, like = Path(asked["checkpoint"]), Path(asked["like"])
         write_adapter(place, like=like, out=Path(asked["adapter"]))
     return asked["adapter"]
+
+
+def write_adapter(checkpoint: Path, *, like: Path, out: Path) -> None:
+    """Write the adapter of a checkpoint in peft's format; do nothing if it is there already.
+
+    Args:
+        checkpoint: file with the weights of the checkpoint.
+        like: the adapter at the end of the same stage, whose configuration this one has.
+        out: folder to write.
+
+    Raises:
+        ArtifactError: the checkpoint is gone, or has other weights.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from align.tuning.files import CONFIG, WEIGHTS
+
+    if out.is_dir():
+        return
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+        last = load_file(like / WEIGHTS)
+    except OSError as error:
+        raise ArtifactError(f"{checkpoint}: cannot be read ({error.strerror or error})") from error
+    named = {_peft_name(name): tensor for name, tensor in saved["module"].items()}
+    found = {name: named[name].contiguous().clone() for name in last if name in named}
+    wrong = [name for name in last if name not in found or found[name].shape != last[name].shape]
+    if wrong:
+        raise ArtifactError(f"{checkpoint}: {wrong[0]} of the adapter is not in it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        save_file(found, Path(folder, WEIGHTS), metadata={"format": "pt"})
+        shutil.copyfile(like / CONFIG, Path(folder, CONFIG))
+        whole = Path(folder)
+        # Whole or not at all: another process may do the same.
+        if not out.is_dir():
+            os.replace(whole, out)
+            whole.mkdir()
+
+
+def _peft_name(name: str) -> str:
+    """Return the name of an adapter's tensor in peft's files."""
+    place = name.find("base_model.model.")
+    return name[max(0, place) :].replace(".default.", ".")
 
 
 def token_entry(text: str, logprob: float) -> dict[str, Any]:
