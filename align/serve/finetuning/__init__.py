@@ -9,8 +9,7 @@ from fastapi import APIRouter, Depends, Request
 
 from align.serve.auth import Person
 from align.serve.finetuning.chat import add_chat
-from align.serve.finetuning.common import RateLimit
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, RateLimit
 from align.serve.finetuning.files import Files, add_files
 from align.serve.finetuning.generation import Generators
 from align.serve.finetuning.graders import add_graders

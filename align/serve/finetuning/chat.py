@@ -13,8 +13,7 @@ from starlette.types import Receive, Scope, Send
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import Asked, Number, Whole
-from align.serve.finetuning.common import new_id, now
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, new_id, now
 from align.serve.finetuning.generation import logprobs_object, usage_of, with_defaults
 
 Stop = Annotated[str, Field(min_length=1)]

@@ -16,7 +16,7 @@ from typing import Any
 from align.core.errors import AlignError
 from align.serve.auth import Person
 from align.serve.errors import ServeError
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api
 from align.serve.finetuning.jobs import set_status, status_of
 from align.serve.finetuning.models import find_whole
 from align.serve.finetuning.recipes import RECIPE, job_recipe, resolved, write_recipe

@@ -1,13 +1,23 @@
-"""What the routes share: ids, pages of lists, limits by token."""
+"""What the routes share: the services they are given, ids, pages of lists, limits by token."""
 
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
+from align.serve.services import Services
+from align.serve.settings import Settings
+from align.serve.store import Store
+
+if TYPE_CHECKING:
+    from align.serve.finetuning.files import Files
+    from align.serve.finetuning.generation import Generators
+
 
 Order = Literal["asc", "desc"]
 WHAT = {
@@ -17,6 +27,35 @@ WHAT = {
     "webhooks": "webhook",
 }
 """Rows that belong to a person, by what errors call them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Services and parts of the API.
+
+    Attributes:
+        services: of the server.
+        files: contents of files.
+        generators: processes that generate text.
+        wake: set when the queue has something to do.
+        me: dependency that returns who sends a request, counted against the rate limit.
+    """
+
+    services: Services
+    files: "Files"
+    generators: "Generators"
+    wake: threading.Event
+    me: Any
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the server."""
+        return self.services.settings
+
+    @property
+    def store(self) -> Store:
+        """The database."""
+        return self.services.store
 
 
 def new_id(prefix: str) -> str:

@@ -15,8 +15,7 @@ from align.core.text import visible
 from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
 from align.serve.finetuning.asked import Asked
-from align.serve.finetuning.common import Order, list_page, new_id, now, owned
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, Order, list_page, new_id, now, owned
 from align.serve.finetuning.retries import once
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]

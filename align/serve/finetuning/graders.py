@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import Asked
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api
 from reward_models.grader_specs import FLAGS, Grader, GraderError, Multi, read_grader
 from reward_models.graders import DETAILS, Outcome, request_of, run_grader
 

@@ -11,8 +11,7 @@ from fastapi import APIRouter, Query, Request
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import JobRequest
-from align.serve.finetuning.common import list_page, new_id, now, owned
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, list_page, new_id, now, owned
 from align.serve.finetuning.models import find_place, find_whole
 from align.serve.finetuning.retries import once
 from align.serve.finetuning.webhooks import announce

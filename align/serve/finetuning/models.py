@@ -8,8 +8,7 @@ from fastapi import APIRouter
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.adapters import Place, trained_place, whole_place
-from align.serve.finetuning.common import now
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, now
 from align.serve.finetuning.recipes import base_place
 from align.serve.settings import Settings
 

@@ -10,8 +10,7 @@ from pydantic import Field
 from align.serve.auth import Person
 from align.serve.errors import not_found
 from align.serve.finetuning.asked import Asked
-from align.serve.finetuning.common import list_page, new_id, now
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, list_page, new_id, now
 
 
 class PermissionRequest(Asked):

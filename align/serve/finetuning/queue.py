@@ -23,7 +23,7 @@ from align.core.errors import EXIT_OK, EXIT_PREEMPTED
 from align.core.lock import started_at
 from align.serve.finetuning.adapters import saved_steps
 from align.serve.finetuning.checking import AGAIN_S, Checks, folder_of
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api
 from align.serve.finetuning.jobs import add_event, set_status, status_of
 from align.serve.finetuning.members import MARK, kill, send
 from align.serve.finetuning.progress import (

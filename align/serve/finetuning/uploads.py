@@ -11,8 +11,7 @@ from pydantic import Field
 from align.serve.auth import Person
 from align.serve.errors import ServeError, not_found
 from align.serve.finetuning.asked import Asked
-from align.serve.finetuning.common import new_id, now, owned
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, new_id, now, owned
 from align.serve.finetuning.files import (
     UPLOAD_S,
     ExpiresAfter,

@@ -28,8 +28,7 @@ from pydantic import Field
 from align.serve.auth import Person
 from align.serve.errors import ServeError
 from align.serve.finetuning.asked import Asked
-from align.serve.finetuning.common import list_page, new_id, now, owned
-from align.serve.finetuning.context import Api
+from align.serve.finetuning.common import Api, list_page, new_id, now, owned
 from align.serve.store import Store
 
 log = logging.getLogger(__name__)
