@@ -17,9 +17,8 @@ from pydantic import BaseModel
 
 from align.api.code import python_reward, reference
 from align.api.result import Run
-from align.core.artifacts import MANIFEST
+from align.core.artifacts import MANIFEST, find_model
 from align.core.errors import DataError, RecipeError
-from align.core.references import find_model
 from align.recipe.schema.formats import FORMATS
 from reward_models.base import a_type
 

@@ -288,7 +288,7 @@ def chat(
     runs: Runs = Path("runs"),
 ) -> None:
     """Chat with a model; /reset starts a new conversation, /quit exits."""
-    from align.core.references import find_model
+    from align.core.artifacts import find_model
     from align.pipeline.processes import run_tool
 
     options = ["--temperature", str(temperature), "--max-new-tokens", str(max_new_tokens)]
@@ -307,7 +307,7 @@ def serve_reward(
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve a reward model over HTTP, for rewards of kind remote."""
-    from align.core.references import find_model
+    from align.core.artifacts import find_model
     from align.pipeline.processes import become_tool
 
     options = ["--host", host, "--port", str(port), "--combine", combine]

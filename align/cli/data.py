@@ -196,7 +196,7 @@ def _mixed(word: str) -> tuple[str, float]:
 def _chat(model: str, template: str | None, runs: Path) -> "ChatFormat":
     """Return the chat renderer of a model, with another chat template if one is given."""
     require("--model", "torch", "transformers")
-    from align.core.references import artifact_kind, find_model
+    from align.core.artifacts import artifact_kind, find_model
     from align.data.render.chat import apply_tokenizer_spec
     from align.models.bringing import one_line
     from align.models.loading import bringing_in

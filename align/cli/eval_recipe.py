@@ -10,9 +10,8 @@ from typing import Any
 
 import yaml
 
-from align.core.artifacts import MANIFEST
+from align.core.artifacts import MANIFEST, artifact_kind, find_model
 from align.core.errors import EXIT_OK, RecipeError
-from align.core.references import artifact_kind, find_model
 from align.pipeline.processes import run_tool
 from align.pipeline.running import run
 from align.pipeline.terminal import Terminal

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from align.core.artifacts import artifact_kind, find_model
 from align.core.errors import DataError, RecipeError
-from align.core.references import artifact_kind, find_model
 from align.recipe.reference import SCHEMA_FILE
 from align.recipe.schema.formats import FORMATS, Kind
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.core.artifacts import artifact_kind, find_model
 from align.core.errors import EXIT_OK, RecipeError
 from align.core.log import CARDS_FILE
-from align.core.references import artifact_kind, find_model
 from align.pipeline.processes import run_tool
 from align.pipeline.terminal import Terminal
 from align.report import build_cards

@@ -1,5 +1,7 @@
 """Artifacts: stage folders whose manifest.json is written last, when they are complete.
+
 The manifest lists every file with its size and sha256, which are verified on reading.
+A command names one by RUN/STAGE, by its folder, or by a hub id.
 """
 
 import hashlib
@@ -15,8 +17,13 @@ from typing import Any
 from align.core.accelerator import describe_devices
 from align.core.errors import ArtifactError, UnreadableError
 from align.core.sources import extension_hashes, with_source_hashes
+from align.core.text import is_hub_id
 
 MANIFEST = "manifest.json"
+CONFIGS = ("config.json", "adapter_config.json")
+"""Files that make a folder one of transformers, or of an adapter."""
+WEIGHTS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "pytorch_model*")
+"""Files that are loaded from the hub; no code."""
 PACKAGES = (
     "torch",
     "transformers",
@@ -375,3 +382,44 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()
+
+
+def find_model(name: str, runs: Path = Path("runs")) -> Path:
+    """Return the place of a model: a folder that exists, or the path whose text is a hub id.
+
+    Args:
+        name: ``RUN/STAGE`` below ``runs``, the folder of a finished stage or of a model saved by
+            transformers, or a hub id.
+        runs: folder of the runs.
+
+    Raises:
+        ArtifactError: it is none of these; the message is the same for every command.
+    """
+    # A path that begins at the root or at a folder above is none below the runs.
+    first, slash, _ = name.removeprefix(f"{runs}/").partition("/")
+    may_be_run = first not in ("", ".") and ".." not in Path(name).parts
+    for place in (Path(name), runs / name) if may_be_run else (Path(name),):
+        if any((place / file).is_file() for file in (MANIFEST, *CONFIGS)):
+            return place
+    # The name of a run that exists never means the hub.
+    run = runs / first
+    if slash and may_be_run and run.is_dir():
+        done = sorted(path.parent.name for path in run.glob(f"*/{MANIFEST}"))
+        listed = f"finished are {', '.join(done)}" if done else "none is finished"
+        raise ArtifactError(f"{name}: {run} has no such finished stage; {listed}")
+    if Path(name).exists():
+        raise ArtifactError(
+            f"{name}: no {MANIFEST} and no config.json in it; expected the folder of a finished "
+            "stage, or one saved by transformers"
+        )
+    if is_hub_id(name) and not name.startswith(f"{runs}/"):
+        return Path(name)
+    raise ArtifactError(
+        f"{name}: no such model; expected RUN/STAGE (looked in {runs}), the folder of a finished "
+        "stage or of a transformers model, or a hub id ORG/NAME"
+    )
+
+
+def artifact_kind(place: Path) -> str | None:
+    """Return the kind of the artifact in a folder, None if the place is none."""
+    return str(read_manifest(place).get("kind")) if (place / MANIFEST).is_file() else None

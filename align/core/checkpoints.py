@@ -28,12 +28,11 @@ from align.core.artifacts import (
     write_json_atomic,
 )
 from align.core.errors import ArtifactError, Preempted
-from align.core.identity import GONE, find_difference, plain
+from align.core.identity import GONE, find_difference, layout, plain
 from align.core.lock import refuse_if_taken
 from align.core.resharding import load_resharded, saved_stage
 from align.core.rng import rng_state, set_rng_state
 from align.core.storage import MIB, write_patiently
-from align.core.text import layout
 
 log = logging.getLogger(__name__)
 STATE = "checkpoint.json"

@@ -67,6 +67,13 @@ def find_difference(
     return None
 
 
+def layout(found: Mapping[str, int]) -> str:
+    """Return the number of ranks and the ZeRO stages of a checkpoint's engines in words."""
+    stages = sorted({stage for name, stage in found.items() if name != "ranks"})
+    ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
+    return f"{ranks} under ZeRO-{'/'.join(map(str, stages))}" if stages else ranks
+
+
 def changed_file(files: Mapping[str, Any], present: Mapping[str, Path]) -> str | None:
     """Return how the files that a stage has read differ from those it would read now.
 

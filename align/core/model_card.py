@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object, versions
-from align.core.text import is_hub_id, layout
+from align.core.identity import layout
+from align.core.text import is_hub_id
 
 CARD = "README.md"
 INHERITED = ("base_model", "license", "license_name", "license_link", "language")

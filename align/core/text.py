@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -108,10 +108,3 @@ def secret_names(value: object) -> list[str]:
     """Return the names of the secrets that ``hidden`` replaces in a value."""
     text = repr(value)
     return sorted({name for secret, name in _secrets.items() if repr(secret)[1:-1] in text})
-
-
-def layout(found: Mapping[str, int]) -> str:
-    """Return the number of ranks and the ZeRO stages of a checkpoint's engines in words."""
-    stages = sorted({stage for name, stage in found.items() if name != "ranks"})
-    ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
-    return f"{ranks} under ZeRO-{'/'.join(map(str, stages))}" if stages else ranks

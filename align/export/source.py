@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from align.core.artifacts import MANIFEST, read_artifact, read_json_object, read_manifest
+from align.core.artifacts import (
+    MANIFEST,
+    find_model,
+    read_artifact,
+    read_json_object,
+    read_manifest,
+)
 from align.core.errors import ArtifactError
-from align.core.references import find_model
 from align.export.folder import is_export
 from align.models.bringing import check_folder
 from align.models.loading import model_folder

@@ -21,9 +21,8 @@ from transformers import (
 )
 
 from align.core import distributed
-from align.core.artifacts import read_artifact
+from align.core.artifacts import CONFIGS, WEIGHTS, artifact_kind, read_artifact
 from align.core.errors import ArtifactError, TrainingError
-from align.core.references import CONFIGS, WEIGHTS, artifact_kind
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 from align.models.sharding import load_in_shards
 from reward_models.scalar import SCORER_FILE, STOPS

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 
 from align.core.accelerator import list_gpus, missing_device
+from align.core.artifacts import CONFIGS
 from align.core.errors import AlignError, DataError, RecipeError
 from align.core.extras import TRAINING
 from align.core.model_folder import check_files, is_adapter, lacking_of_tokenizer, refuse_unpadded
-from align.core.references import CONFIGS
 from align.core.text import is_hub_id
 from align.pipeline.processes import num_cores
 from align.recipe.schema import BaseStage, DataSpec, Recipe, Spec, StageSpec

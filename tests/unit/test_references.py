@@ -11,9 +11,8 @@ import align
 from align.api.given import base_stage, rewards
 from align.api.running import load_recipe
 from align.cli import cli
-from align.core.artifacts import write_manifest
+from align.core.artifacts import find_model, write_manifest
 from align.core.errors import ArtifactError, RecipeError
-from align.core.references import find_model
 from align.models.loading import model_folder
 from align.recipe.schema import references
 from align.recipe.schema.evaluate import EvaluateStage

@@ -6,9 +6,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from align.core.artifacts import MANIFEST, read_json_object, write_json_atomic
+from align.core.artifacts import MANIFEST, find_model, read_json_object, write_json_atomic
 from align.core.errors import ArtifactError, RecipeError
-from align.core.references import find_model
 from align.recipe.load import resolve
 from align.recipe.plain import read_plain
 

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from align.core.artifacts import write_json_atomic
+from align.core.artifacts import find_model, write_json_atomic
 from align.core.errors import EXIT_OK, AlignError
-from align.core.references import find_model
 from align.recipe.schema import DataSpec, EndpointSpec, PairwiseSpec
 from align.recipe.schema.evaluate import LONGER
 from align.stages.evaluate.judge import calibrate

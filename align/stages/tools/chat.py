@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from align.core.artifacts import find_model
 from align.core.errors import EXIT_OK, AlignError, DataError
-from align.core.references import find_model
 from align.core.text import VisibleStream, visible
 from align.core.types import Text, Turn
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core.artifacts import Artifact, read_artifact, write_json_atomic
+from align.core.artifacts import Artifact, find_model, read_artifact, write_json_atomic
 from align.core.errors import EXIT_OK, AlignError, DataError
 from align.core.log import setup_logging
-from align.core.references import find_model
 from align.recipe.schema import DataSpec
 from align.stages.evaluate.reward_cards import CardInput, build_cards
 

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from align.core.artifacts import MANIFEST, read_json_object
+from align.core.artifacts import MANIFEST, find_model, read_json_object
 from align.core.errors import AlignError, ArtifactError
 from align.core.log import setup_logging
-from align.core.references import find_model
 from align.models.loading import model_folder
 from align.tuning.loading import attach_adapter
 
