@@ -23,7 +23,7 @@ from align.online.advantages import ESTIMATORS, batch_scaled, shaped_rewards
 from align.online.objective import critic_objective, policy_objective
 from align.recipe.algorithms import of_parameters
 from align.recipe.schema import OnlineStage
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 from align.training.learner import LossFunction
 from align.training.own_code import named_function
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from align.core import distributed
 from align.data.batching import plan_micro_batches
 from align.recipe.schema import OnlineStage
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 from align.training.batch import PackedBatch
 from align.training.learner import Learner
 

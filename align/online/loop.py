@@ -41,8 +41,7 @@ from align.online.summary import summarize
 from align.online.watch import Watch
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
-from align.sampling.experience import Experience, gather_experience
-from align.sampling.rollout import sample_groups
+from align.sampling.rollout import Experience, gather_experience, sample_groups
 from align.training.diagnosis import Diagnosis
 from align.training.learner import Learner
 from reward_models.base import RewardFunction

@@ -14,7 +14,7 @@ from align.core.errors import DataError
 from align.core.types import Completion, PromptRow
 from align.online.advantages import overlong_penalty
 from align.recipe.schema import OnlineStage
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 from reward_models.base import MissingColumnError, RewardFunction, response_to
 
 log = logging.getLogger(__name__)

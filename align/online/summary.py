@@ -8,7 +8,7 @@ from align.core import distributed
 from align.online.advantages import dead_groups
 from align.online.scoring import Scores
 from align.recipe.schema import OnlineStage
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 
 
 def summarize(experience: Experience, scores: Scores, spec: OnlineStage) -> dict[str, float]:

@@ -20,8 +20,7 @@ from align.online.annotate import annotate
 from align.online.scoring import apply_scores, length_penalty, score_answers
 from align.recipe.schema import OnlineStage, WatchSpec
 from align.sampling.engine import RolloutEngine
-from align.sampling.experience import Experience
-from align.sampling.rollout import answer_fixed
+from align.sampling.rollout import Experience, answer_fixed
 from align.training.heldout import change
 from align.training.learner import Learner
 from reward_models.base import RewardFunction

@@ -14,7 +14,7 @@ from align.preflight.checks import Check, Finding, at_most, spread
 from align.preflight.offline import own_forward
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.sampling.rounding import ENGINE_LIMIT, SAME_LIMIT, excess, rounded_otherwise
 from align.training.batch import PackedBatch
 

@@ -16,7 +16,7 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.scoring import Scores, apply_scores
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, OnlineStage, RewardStage
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.stages import dpo, kto, sft
 from align.stages.reward.tasks import WeightedPair, collate_pairs, pair_loss
 from align.training.batch import PackedBatch

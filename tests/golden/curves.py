@@ -43,7 +43,7 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate
 from align.online.loop import update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, PpoStage, RewardStage
-from align.sampling.experience import gather_experience
+from align.sampling.rollout import gather_experience
 from align.stages import dpo, kto, sft
 from align.stages.reward import tasks as scorer_rows
 from align.training.learner import Learner

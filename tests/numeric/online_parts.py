@@ -21,7 +21,7 @@ from align.online.loop import OnlineRun
 from align.online.scoring import Scores, apply_scores
 from align.recipe.schema import GrpoStage, OptimSpec, PpoStage, ZeroSpec
 from align.recipe.schema.tuning import FullTuning, LoraTuning, TuningSpec
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.training.learner import Learner
 from align.tuning.wrap import add_tuner
 

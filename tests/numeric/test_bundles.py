@@ -44,7 +44,7 @@ from align.recipe.load import load_resolved
 from align.recipe.rules import idle_options
 from align.recipe.schema import GrpoStage
 from align.sampling.build import build_engine
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.stages.rollouts import Push
 from reward_models import build_reward
 

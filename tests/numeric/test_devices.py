@@ -21,7 +21,7 @@ from online_parts import LORA
 from align.core import distributed
 from align.models.heads import scorer_from
 from align.models.logprobs import token_logprobs
-from align.sampling import experience
+from align.sampling import rollout
 from align.training import batch, learner
 from align.tuning.ewc import anchor_at, fisher_diagonal, scaled
 from reward_models.scalar import score_token_ids
@@ -128,7 +128,7 @@ def test_a_batch_that_stays_on_the_cpu_is_found(
     model_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stays = SimpleNamespace(device=lambda: torch.device("cpu"))
-    for module in (batch, experience):
+    for module in (batch, rollout):
         monkeypatch.setattr(module, "distributed", stays)
     with two_devices(), pytest.raises(WrongDevice):
         curves.CURVES[name](model_dir)

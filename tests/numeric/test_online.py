@@ -38,7 +38,7 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate, plan_by_prompt
 from align.online.loop import mini_batches, sample, score, update
 from align.sampling.build import build_engine
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 from reward_models import build_reward
 
 LENGTHS = ((5, 3), (1, 9), (4, 4))

@@ -27,7 +27,7 @@ from align.online.summary import summarize
 from align.preflight.checks import spread
 from align.preflight.offline import balance
 from align.recipe.schema import EarlyStoppingSpec, KtoStage, TaskSpec
-from align.sampling.experience import gather_experience
+from align.sampling.rollout import gather_experience
 from align.stages import rollouts
 from align.stages.evaluate.measure import wants_kl
 from align.stages.online import without_copies

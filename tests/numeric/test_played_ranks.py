@@ -25,7 +25,7 @@ from align.online.scoring import Scores
 from align.online.summary import summarize
 from align.preflight.checks import Check, Finding, run_checks
 from align.recipe.schema import KtoStage
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.stages import kto
 
 LENGTHS = ((3, 4), (5, 2), (3, 3), (4, 4))

@@ -11,7 +11,7 @@ from online_parts import ppo_spec
 from align.core.types import Completion, PromptRow
 from align.online.algorithms import build_algorithm
 from align.online.scoring import apply_scores, score_answers, step_rewards
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from reward_models.process import increments, potentials
 
 # Four answers of six tokens: where their steps end, and how likely all is right after each.

@@ -16,7 +16,6 @@ from align.models.loading import saved_weights
 from align.models.logprobs import LogprobModel
 from align.recipe.schema import EvaluateStage, SamplingSpec, TaskSpec
 from align.sampling.engine import RolloutEngine
-from align.sampling.experience import Experience
 from align.sampling.push import (
     check_answers,
     measured_rounding,
@@ -24,7 +23,7 @@ from align.sampling.push import (
     probe_of,
     push,
 )
-from align.sampling.rollout import answer_fixed
+from align.sampling.rollout import Experience, answer_fixed
 from align.stages.base import StageContext, chat_format
 from align.stages.rollouts import prompt_rows, start_engine
 from align.tuning.files import unmerged_adapter

@@ -17,7 +17,7 @@ from align.online.annotate import infer_tokens, plan_by_prompt
 from align.online.guard import repeated_share
 from align.online.scoring import score_answers
 from align.recipe.schema import EvaluateStage, TaskSpec
-from align.sampling.experience import Experience
+from align.sampling.rollout import Experience
 from align.stages.base import StageContext
 from align.training.batch import PackedBatch, pack
 from align.training.heldout import prompt_of

@@ -38,7 +38,7 @@ from align.recipe.schema import (
     ZeroSpec,
 )
 from align.recipe.schema.tuning import FullTuning, LoraTuning, TuningSpec
-from align.sampling.experience import Experience, gather_experience
+from align.sampling.rollout import Experience, gather_experience
 from align.stages.offline import log_likelihood
 from align.stages.saving import save_trained_policy
 from align.stages.sft import collate, length_of, sft_loss
