@@ -273,11 +273,17 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, saved: Path) -> No
 
 
 def check_encodes(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ArtifactError if a tokenizer turns text into no tokens.
+    """Raise ArtifactError if a tokenizer turns text into no tokens, or into random ones.
 
     transformers chooses the class of some tokenizers by the type of the model. Without the files of
     that class its vocabulary is empty, whatever the folder has instead.
     """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        raise ArtifactError(
+            f"{path}: its tokenizer leaves out merges at random (model.dropout {dropout:g} in "
+            "tokenizer.json), so the same text has other tokens each time; set dropout to null"
+        )
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     # A tokenizer of other words may drop or refuse this one, but it has a vocabulary.
     if len(tokenizer.get_vocab().keys() - added) > 1:

@@ -92,6 +92,9 @@ def load_tokenizer(model_dir: Path | str) -> Any:
     found = AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
     if not found.chat_template:
         found.chat_template = _template_beside(Path(model_dir))
+    if isinstance(found.chat_template, str):
+        # The mark that some editors begin a file with would begin every prompt.
+        found.chat_template = found.chat_template.removeprefix("\ufeff")
     return found
 
 

@@ -109,7 +109,7 @@ def self_test(
             known = {score for score in scores if score is not None}
             if len(known) == 1 and len(scores) - lost > 1:
                 verdict = "warn" if verdict == "ok" else verdict
-                said.append(f"all others score {known.pop():g}")
+                said.append(f"all others score {known.pop():g}: all groups are dead")
                 remedy = remedy or DEAD
             if lost == len(scores):
                 verdict = "fail"

@@ -284,7 +284,9 @@ def constant_reward(seen: Evidence) -> Alarm | None:
         "constant_reward",
         f"every response got the reward {seen.mean('reward/mean'):.6g} in the last "
         f"{len(seen.window)} steps",
-        "check the reward on samples.jsonl; if the task is too hard, train on easier prompts",
+        "look at samples.jsonl: train on harder prompts if every response deserves this reward, "
+        "and on easier ones if no response earns more. A reward for text that the chat template "
+        "writes itself, such as <think>, needs prefill: true",
     )
 
 

@@ -103,12 +103,13 @@ def trainable_rows(
     if (head := cast("nn.Module | None", model.get_output_embeddings())) is not None:
         tables["head"] = head
     for what, table in tables.items():
+        # Adapters are added to whole weights, which ZeRO-3 shards afterwards.
         odd = not isinstance(table, nn.Embedding | nn.Linear) or hasattr(table.weight, "ds_id")
         if odd or getattr(table, "bias", None) is not None:
             raise RecipeError(
                 f"tuning.method {tuning.method}: the rows of single tokens cannot be trained in "
                 f"the {what} of {type(model).__name__}, which has a bias, is not a plain table, or "
-                "is partitioned by ZeRO-3. Train with method full first"
+                "was loaded in shards. Train with method full first"
             )
     # A tied head follows the embeddings.
     own = {id(table.weight): table for table in reversed(tables.values())}.values()

@@ -77,3 +77,29 @@ def test_adapter_off_is_the_reference_on_two_ranks_too(
     expected, found = one[kind, method, 0], two[kind, method, stage]
     for step in range(2):
         assert found[step] == pytest.approx(expected[step], rel=1e-4, abs=1e-6)
+
+
+ROWS_WORKER = Path(__file__).parent / "workers" / "new_rows.py"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool, int], dict]:
+    """What one process trains without ZeRO, and two under ZeRO-3 (its key is stage 3)."""
+    folder = tmp_path_factory.mktemp("rows")
+    for ranks, stage in ((1, 0), (2, 3)):
+        command = [str(ROWS_WORKER), "--out", str(folder), "--stages", str(stage)]
+        runs.finish_ranks(command, ranks)
+    return torch.load(folder / "rows-1.pt") | torch.load(folder / "rows-2.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_rows_of_new_tokens_train_under_zero_3_as_in_one_process(
+    rows: dict, method: str, tied: bool
+) -> None:
+    one, two = rows[method, tied, 0], rows[method, tied, 3]
+    assert one["changed"].tolist() == two["changed"].tolist() == one["tokens"].tolist()
+    assert ("lm_head.weight" in two) == (not tied)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-5, atol=1e-6, msg=name)

@@ -45,6 +45,7 @@ def test_splits_in_a_column_are_not_joined(tmp_path: Path, kind: Kind, key: str)
     # The key of the message uses all rows; so does a column with other values, or one split.
     assert len(load(tmp_path, rows, kind, rename={key: f"{key}_column"})) == 5
     assert len(load(tmp_path, [*rows, {**rows[0], key: "news"}], kind)) == 6
+    assert "D013" not in codes_of(tmp_path / "rows.jsonl", kind)
     assert len(load(tmp_path, [rows[0], rows[3]], kind)) == 2
     assert "D013" not in codes_of(tmp_path / "rows.jsonl", kind)
 

@@ -246,3 +246,22 @@ def test_an_end_of_a_merge_is_linked_and_its_sources_survive_another(tmp_path, a
     write_interpolated(*pair, alpha=0.5, out=out)
     assert not is_linked(source, out)
     assert state_of(source) == before
+
+
+def test_weights_that_the_files_lack_are_not_linked(tmp_path: Path) -> None:
+    state = {"a": torch.ones(3), "b": torch.zeros(3)}
+    save_file({"a": torch.ones(3)}, tmp_path / WEIGHTS)
+    assert links.unchanged_files(tmp_path, state) == []
+    assert links.unchanged_files(tmp_path, {"a": state["a"]}) == [tmp_path / WEIGHTS]
+
+
+def test_saving_over_links_leaves_their_source_as_it_is(source: Path, tmp_path: Path) -> None:
+    before = state_of(source)
+    out = tmp_path / "stage" / "model"
+    links.take_over([source / WEIGHTS], out)
+    assert is_linked(source, out)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    state = {name: tensor + 1.0 for name, tensor in model.state_dict().items()}
+    links.save_model(model, out, state=state, source=None)
+    assert not is_linked(source, out)
+    assert state_of(source) == before

@@ -62,6 +62,8 @@ def brought(folder: Path) -> str:
         {"chat_templates/default.jinja": ONE, "chat_templates/tools.jinja": OTHER},
         {"chat_templates/any.jinja": ONE},
         {"chat_template.jinja": ONE, "additional_chat_templates/tool_use.jinja": OTHER},
+        {"chat_template.jinja": "\ufeff" + ONE},
+        {"chat_templates/any.jinja": "\ufeff" + ONE},
     ],
 )
 def test_a_template_in_a_file_of_its_own_is_used(folder: Path, files: dict[str, Any]) -> None:

@@ -41,3 +41,16 @@ def test_a_tokenizer_of_other_words_is_accepted() -> None:
     with pytest.raises(Exception, match="UNK"):
         tokenizer("Hello")
     check_encodes("here", tokenizer)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_a_tokenizer_that_merges_at_random_is_refused(dropout: float) -> None:
+    vocab = {"a": 0, "b": 1, "ab": 2}
+    core = Tokenizer(models.BPE(vocab, [("a", "b")], dropout=dropout))
+    with pytest.raises(
+        ArtifactError, match=rf"here: .*model.dropout {dropout:g}.*set dropout to null"
+    ):
+        check_encodes("here", PreTrainedTokenizerFast(tokenizer_object=core))
+    for none in (None, 0.0):
+        core = Tokenizer(models.BPE(vocab, [("a", "b")], dropout=none))
+        check_encodes("here", PreTrainedTokenizerFast(tokenizer_object=core))

@@ -159,7 +159,7 @@ def template_text(name: str) -> str:
         raise RecipeError(
             f"tokenizer.chat_template: {name!r} is neither one of {', '.join(FAMILIES)} nor a file"
         )
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8").removeprefix("\ufeff")
 
 
 def _trl_text(file: str) -> str:
