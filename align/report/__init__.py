@@ -14,12 +14,10 @@ from align.report.chain import chain_picture
 from align.report.classes import classifiers
 from align.report.compare import comparison_page, named_runs, shared_charts
 from align.report.curves import charts_of, curves, varying
-from align.report.ledger import ledger
 from align.report.markup import Markup, duration, tag
 from align.report.merge import earlier, merges
 from align.report.microscope import microscope
 from align.report.overview import overview
-from align.report.preflight import preflight
 from align.report.read import RunRecord, read_run
 from align.report.series import payload
 from align.report.tasks import tasks
@@ -214,8 +212,8 @@ GROUPS: Mapping[str, tuple[Callable[[RunRecord], Markup | None], ...]] = {
         answers.training_samples,
     ),
     "Training": (_chain, watching, curves),
-    "Data": (ledger, microscope),
-    "Checks": (preflight,),
+    "Data": (sections.ledger, microscope),
+    "Checks": (sections.preflight,),
     "Reproduce": (sections.cost, sections.reproduce),
 }
 

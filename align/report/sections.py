@@ -1,14 +1,25 @@
 """General sections of the report, each a pure function of the run's record."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import yaml
 
+from align.core.card import CARD_FILE, Card, read_card, title
 from align.core.model_card import resharded_lines
-from align.report.markup import Markup, duration, number, table, tag, triple
-from align.report.read import Row, RunRecord, StageRecord
+from align.report.markup import Markup, duration, join, number, table, tag, triple
+from align.report.read import Row, RunRecord, StageRecord, read_lines
 from align.report.series import CHANGE
+
+LEDGER_FILE = "ledger.jsonl"
+NUM_SHOWN = 5
+"""Largest number of example rows per reason."""
+PROMPT_CUT = "prompt cut"
+"""The only reason in the ledger whose rows are kept."""
+CLASSES = {"ok": "ok", "fail": "bad"}
+"""CSS classes of the verdicts of a preflight check."""
 
 
 def missing(run: RunRecord) -> Markup | None:
@@ -204,3 +215,73 @@ def reproduce(run: RunRecord) -> Markup:
 def _data_table(data: Mapping[str, list[object]]) -> Markup:
     rows = table(["path", "rows", "sha256"], list(data.values()))
     return tag("details", tag("summary", "Data"), rows)
+
+
+def ledger(run: RunRecord) -> Markup | None:
+    """Return the section with each stage's kept, dropped and truncated rows, by reason."""
+    blocks = [
+        _stage_ledger(run.directory / stage.name, stage.name, stage.manifest.get("metrics", {}))
+        for stage in run.stages
+        if (run.directory / stage.name / LEDGER_FILE).is_file()
+    ]
+    if not blocks:
+        return None
+    return tag("section", tag("h2", "Data ledger"), *blocks)
+
+
+def _stage_ledger(folder: Path, name: str, metrics: dict[str, float]) -> Markup:
+    rows = read_lines(folder / LEDGER_FILE, [])
+    counts = Counter(str(row.get("reason")) for row in rows)
+    kept = metrics.get("rows/kept")
+    summary = "" if kept is None else f"{number(kept)} rows kept, "
+    summary += f"{len(rows) - counts[PROMPT_CUT]} dropped"
+    lines: list[list[object]] = []
+    for reason, count in counts.most_common():
+        examples = [row for row in rows if row.get("reason") == reason][:NUM_SHOWN]
+        shown = join(*(tag("div", _dropped_row(row)) for row in examples))
+        lines.append([reason, count, shown])
+    return join(
+        tag("h3", name, tag("small", summary)),
+        table(["reason", "rows", "first examples"], lines) if lines else None,
+    )
+
+
+def _dropped_row(row: dict) -> str:
+    rest = {k: v for k, v in row.items() if k not in ("reason", "source")}
+    details = ", ".join(f"{key} {value}" for key, value in rest.items())
+    return f"{row.get('source')}: {details}"[:200]
+
+
+def preflight(run: RunRecord) -> Markup | None:
+    """Return the section with each stage's preflight card; cards with findings are expanded."""
+    cards = [card for s in run.stages if (card := _read_card(run.directory / s.name / CARD_FILE))]
+    if not cards:
+        return None
+    intro = "Measured on the stage's own rows and model before its first step."
+    return tag("section", tag("h2", "Preflight"), tag("p", intro), *(_card(c) for c in cards))
+
+
+def _read_card(path: Path) -> Card | None:
+    try:
+        return read_card(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # The stage has no card, or another version of align wrote it.
+
+
+def _card(card: Card) -> Markup:
+    rows: list[list[object]] = [
+        [
+            line.name,
+            tag("span", line.verdict, class_=CLASSES.get(line.verdict)),
+            line.value,
+            line.bound,
+            line.remedy if line.verdict != "ok" else "",
+            f"{line.seconds:.2f} s",
+        ]
+        for line in card.lines
+    ]
+    passed = all(line.verdict == "ok" for line in card.lines)
+    heads: list[object] = ["check", "verdict", "measured", "bound", "what to do", "time"]
+    return tag(
+        "details", tag("summary", title(card)), table(heads, rows), open=None if passed else "open"
+    )

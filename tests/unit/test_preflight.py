@@ -40,8 +40,8 @@ from align.preflight.checks import MAX_SEEN, Check, Finding, examine, spread
 from align.preflight.rewards import reward_checks
 from align.recipe.schema import DpoStage, Recipe, RewardSpec, SftStage, Spec
 from align.report.markup import Markup
-from align.report.preflight import preflight
 from align.report.read import RunRecord, StageRecord
+from align.report.sections import preflight
 from align.stages import dpo, sft
 from align.stages.base import Prepared, StageContext, StageResult, prepare_and_train
 from align.stages.reward.tasks import WeightedPair, collate_pairs
