@@ -386,14 +386,6 @@ def reads_first(directory: Path) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("reads") == "first"
 
 
-def score_token_ids(
-    model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
-) -> list[float]:
-    """Return the raw score of each token row, in order: the mean over the heads."""
-    by_head = score_heads(model, rows, micro_tokens=micro_tokens)
-    return [sum(scores) / len(scores) for scores in by_head]
-
-
 def score_heads(
     model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
 ) -> list[list[float]]:

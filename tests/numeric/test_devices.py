@@ -24,7 +24,7 @@ from align.models.logprobs import token_logprobs
 from align.sampling import rollout
 from align.training import batch, learner
 from align.tuning.ewc import anchor_at, fisher_diagonal, scaled
-from reward_models.scalar import score_token_ids
+from reward_models.scalar import score_heads
 from tests.two_devices import GPU, WrongDevice, two_devices
 
 
@@ -117,9 +117,9 @@ def test_responses_are_scored_on_a_gpu(model_dir: Path) -> None:
     torch.manual_seed(4)
     scorer = scorer_from(model_dir, dtype="float32").eval()
     rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
-    expected = score_token_ids(scorer, rows, micro_tokens=6)
+    expected = [one for (one,) in score_heads(scorer, rows, micro_tokens=6)]
     with two_devices():
-        found = score_token_ids(scorer.to(GPU), rows, micro_tokens=6)
+        found = [one for (one,) in score_heads(scorer.to(GPU), rows, micro_tokens=6)]
     assert found == pytest.approx(expected, rel=1e-4)
 
 
