@@ -56,7 +56,11 @@ MAY_IMPORT = {
 HOMES = {
     "vllm": (
         *("align.sampling.vllm", "align.sampling.vllm_push", "align.sampling.vllm_sampler"),
-        *("align.sampling.vllm_reading", "align.sampling.vllm_serving"),
+        *(
+            "align.sampling.vllm_reading",
+            "align.sampling.vllm_serving",
+            "align.sampling.vllm_start",
+        ),
     ),
     "deepspeed": (
         "align.core.distributed",

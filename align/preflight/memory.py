@@ -14,6 +14,7 @@ from align.models import fused_head
 from align.models.block_attention import BLOCK, KEEP
 from align.models.saving import FILE_BYTES
 from align.recipe.schema import OnlineStage, TrainingStage, ZeroSpec
+from align.sampling.memory import BESIDE, LARGEST, SLACK
 from align.training.deepspeed import ON_CPU, effective_stage
 
 GIB = 2**30
@@ -177,14 +178,13 @@ def other_models(
     rewards: Mapping[str, tuple[int, str]],
     ranks: int,
     device: str,
-    memory: float,
 ) -> dict[str, float]:
-    """Return the models that an online stage has beside its policy.
+    """Return the models that an online stage has beside its policy and its engine.
 
     Args:
         spec: the stage. size: of its policy.
         rewards: name of each learned reward to its parameters and dtype.
-        ranks: number of ranks. device: ``cpu`` or ``gpu``. memory: of one GPU.
+        ranks: number of ranks. device: ``cpu`` or ``gpu``.
     """
     if not isinstance(spec, OnlineStage):
         return {}
@@ -208,14 +208,52 @@ def other_models(
             device=device,
         )
         found["critic"] = sum(states.values())
-    if device == "gpu" and spec.sampling.engine != "hf":
-        # vLLM takes its share of the device, whatever the model needs of it.
-        found["engine"] = spec.sampling.memory_frac * memory
-    else:
-        found["engine"] = whole / spec.sampling.tensor_parallel + (
-            spec.sampling.cache_gib * GIB if spec.sampling.engine != "hf" else 0.0
-        )
     return found
+
+
+def engine_bytes(
+    spec: TrainingStage, size: ModelSize, *, device: str, memory: float, held: float
+) -> float:
+    """Return what the rollout engine of a stage takes.
+
+    Args:
+        spec: the stage. size: of its policy. device: ``cpu`` or ``gpu``.
+        memory: of one GPU. held: what the stage has on the GPU while it samples.
+    """
+    if not isinstance(spec, OnlineStage):
+        return 0.0
+    sampling = spec.sampling
+    # vLLM takes its share of the device, whatever the model needs of it.
+    if device == "gpu" and sampling.engine != "hf":
+        if sampling.memory_frac is not None:
+            return sampling.memory_frac * memory
+        free = memory - LIBRARIES[device]
+        return max(0.0, min(SLACK * (free - held - BESIDE), LARGEST * memory))
+    weights = size.total * WIDTH[spec.dtype] / sampling.tensor_parallel
+    return weights + (sampling.cache_gib * GIB if sampling.engine != "hf" else 0.0)
+
+
+RESTING = ("weights", "optimizer", "reduction buffer")
+"""Parts of a training step that are there between two steps."""
+
+
+def sampling_bytes(
+    spec: TrainingStage,
+    size: ModelSize,
+    *,
+    rewards: Mapping[str, tuple[int, str]],
+    ranks: int,
+    device: str = "gpu",
+) -> float:
+    """Return what an online stage holds beside its engine while it samples.
+
+    Activations and gradients are gone. The weights of a push are whole one tensor at a time, and
+    those of a layer are gathered for the log-probabilities that verify it.
+    """
+    step = step_bytes(spec, size, ranks=ranks, device=device)
+    others = other_models(spec, size, rewards=rewards, ranks=ranks, device=device)
+    held = sum(step.get(name, 0.0) for name in (*RESTING, "gathered weights"))
+    return held + sum(others.values()) + 2 * size.largest * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,16 +286,22 @@ def predict(
     """
     width = WIDTH[spec.dtype]
     step = step_bytes(spec, size, ranks=ranks, device=device)
-    others = other_models(spec, size, rewards=rewards, ranks=ranks, device=device, memory=memory)
+    others = other_models(spec, size, rewards=rewards, ranks=ranks, device=device)
+    held = sampling_bytes(spec, size, rewards=rewards, ranks=ranks, device=device)
+    engine = engine_bytes(spec, size, device=device, memory=memory, held=held)
     # Between two steps the activations, the gradients and the gathered weights are gone.
-    resting = sum(step.get(name, 0.0) for name in ("weights", "optimizer", "reduction buffer"))
-    beside = sum(others.values())
+    resting = sum(step.get(name, 0.0) for name in RESTING)
+    # On a GPU the engine of an online stage sleeps while others use the memory.
+    sleeps = device == "gpu" and isinstance(spec, OnlineStage) and spec.sampling.engine != "hf"
+    beside = sum(others.values()) + (0.0 if sleeps else engine)
     sharded = spec.zero.stage == 3 and spec.tuning.method == "full"
     whole = size.total * width
     used = {
         "load": (whole / ranks if sharded else whole) + size.largest * width + beside,
         "step": sum(step.values()) + beside,
     }
+    if sleeps:
+        used["sampling"] = held + engine
     # On a GPU both are copied to the host.
     if device == "cpu":
         copies = step["optimizer"] if effective_stage(spec.zero, dtype=spec.dtype) else 0.0
@@ -265,4 +309,4 @@ def predict(
         # One file's weights at a time, and the tensor that is gathered.
         used["save"] = resting + beside + min(whole, FILE_BYTES + size.largest * width)
     phases = {n: LIBRARIES[device] + RETAINED[device] * used_ for n, used_ in used.items()}
-    return Prediction(phases, {**step, **others})
+    return Prediction(phases, {**step, **others, **({"engine": engine} if engine else {})})

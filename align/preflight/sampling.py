@@ -14,8 +14,15 @@ from align.preflight.checks import Check, Finding, at_most, spread
 from align.preflight.offline import own_forward
 from align.recipe.schema import OnlineStage
 from align.sampling.engine import RolloutEngine
+from align.sampling.push import push, pushed_weights
 from align.sampling.rollout import Experience, gather_experience
-from align.sampling.rounding import ENGINE_LIMIT, SAME_LIMIT, excess, rounded_otherwise
+from align.sampling.rounding import (
+    ENGINE_LIMIT,
+    SAME_LIMIT,
+    excess,
+    rounded_cache,
+    rounded_otherwise,
+)
 from align.training.batch import PackedBatch
 
 Logprobs = Callable[[PackedBatch], Tensor]
@@ -72,6 +79,9 @@ class Probe:
 
     def _answers(self, temperature: float, n: int) -> Experience:
         with self.engine.awake():
+            # An engine on a GPU drops its weights when it goes to sleep.
+            if self.engine.version != 0:
+                push(self.engine, pushed_weights(self.module.model), version=0)
             groups = self.engine.generate(
                 [row.input_ids for row in self.prompts],
                 n=n,
@@ -90,14 +100,36 @@ class Probe:
         with rounded_otherwise(self.module):
             return (self._logprobs(batch) - plain)[batch.mask].abs()
 
+    @cached_property
+    def engine_rounding(self) -> Tensor:
+        """The same with the engine's cache, if it rounds keys and values."""
+        if self.engine.cache_dtype is None:
+            return self.rounding
+        batch = _whole(self.sampled)
+        plain = self._logprobs(batch)
+        with (
+            rounded_otherwise(self.module),
+            rounded_cache(self.module, self.engine.cache_dtype),
+        ):
+            return (self._logprobs(batch) - plain)[batch.mask].abs()
+
     def _within(
-        self, gap: Tensor, limit: float, *, what: str, remedy: str, fails: bool = True
+        self,
+        gap: Tensor,
+        limit: float,
+        *,
+        what: str,
+        remedy: str,
+        fails: bool = True,
+        of_engine: bool = False,
     ) -> Finding:
         """Return the finding for log-probability differences, in units of the model's rounding."""
+        rounding = self.engine_rounding if of_engine else self.rounding
+        cache = " with the engine's cache" if rounding is not self.rounding else ""
         return at_most(
-            excess(gap, self.rounding),
+            excess(gap, rounding),
             limit,
-            unit=f"times the rounding of this model ({float(self.rounding.mean()):.2g} nats on "
+            unit=f"times the rounding of this model{cache} ({float(rounding.mean()):.2g} nats on "
             f"average) {what}: {float(gap.abs().mean()):.2g} nats on average, "
             f"{float(gap.abs().max()):.2g} at most, {gap.numel()} tokens",
             remedy=remedy,
@@ -120,6 +152,7 @@ class Probe:
         return self._within(
             gap,
             ENGINE_LIMIT,
+            of_engine=True,
             what=f"between {self.engine.name} and trainer",
             remedy="sampler and trainer compute different log-probabilities. Use sampling.engine: "
             "hf, and report this with the versions of 'align doctor'",
@@ -140,6 +173,7 @@ class Probe:
         return self._within(
             behind,
             ENGINE_LIMIT,
+            of_engine=True,
             what=f"behind the model's best tokens; {int((behind == 0).sum())} of {len(ids)} greedy "
             f"tokens of {self.engine.name} are the best",
             remedy="the sampler's greedy tokens are not those of the model. Use sampling.engine: "

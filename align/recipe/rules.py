@@ -123,7 +123,7 @@ def _sampling(spec: SamplingSpec) -> Iterator[Idle]:
     if spec.engine == "hf":
         for name in changed(spec, "memory_frac", "cache_gib"):
             yield name, "has no effect with engine hf, which keeps no cache between calls"
-        for name in changed(spec, "tensor_parallel"):
+        for name in changed(spec, "tensor_parallel", "max_num_seqs", "cache_dtype"):
             yield name, "has no effect with engine hf; write engine: vllm"
 
 

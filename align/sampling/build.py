@@ -35,12 +35,16 @@ def build_engine(
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_model_len: int = 1024,
     seed: int = 0,
-    memory_frac: float = 0.3,
+    memory_frac: float | None = None,
     cache_gib: float = 0.5,
     stop_token_ids: Sequence[int] = (),
     tuning: TuningSpec | None = None,
     push: Literal["merged", "adapter"] = "merged",
     tensor_parallel: int = 1,
+    max_num_seqs: int | None = None,
+    cache_dtype: Literal["auto", "fp8", "fp8_e5m2"] = "auto",
+    held_bytes: float | None = None,
+    always_pushed: bool = False,
 ) -> RolloutEngine:
     """Build the engine that a recipe selects and log the choice.
 
@@ -55,6 +59,7 @@ def build_engine(
         push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` together with its initial weights.
         tensor_parallel: ranks that share one engine, which vLLM alone can do.
         dtype, seed, memory_frac, cache_gib, stop_token_ids: see ``EngineOptions``.
+        max_num_seqs, cache_dtype, held_bytes, always_pushed: see ``EngineOptions``.
 
     Raises:
         TrainingError: the recipe requires vLLM, but it cannot serve this model; or the model
@@ -74,6 +79,10 @@ def build_engine(
         tuning=tuning,
         push=push,
         tensor_parallel=tensor_parallel,
+        max_num_seqs=max_num_seqs,
+        cache_dtype=cache_dtype,
+        held_bytes=held_bytes,
+        always_pushed=always_pushed,
     )
     return _chosen(kind, options)
 

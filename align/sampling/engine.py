@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 ADAPTER = "adapter."
 """Prefix of the names of an adapter's own tensors in a push."""
 
+CACHE_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""Dtypes of key-value caches that round what they keep, by their names in a recipe."""
+
 
 class RolloutEngine(Protocol):
     """Sample responses from the current policy with the log-probability of each token.
@@ -34,6 +37,7 @@ class RolloutEngine(Protocol):
         device: device of its weights.
         start_s: seconds from the constructor call until the engine is ready.
         shares: by name, the part of a saved tensor that this rank has; it has the others whole.
+        cache_dtype: of the key-value cache if it rounds keys and values; None if it does not.
 
     With ``tensor_parallel`` ranks for an engine, all of them must make the same calls in the same
     order, each with prompts of its own.
@@ -46,6 +50,7 @@ class RolloutEngine(Protocol):
     device: torch.device
     start_s: float
     shares: Mapping[str, Share]
+    cache_dtype: torch.dtype | None
 
     def awake(self) -> AbstractContextManager[None]:
         """Use the accelerator's memory inside the block and release it afterwards."""
@@ -114,24 +119,37 @@ class EngineOptions:
         dtype: ``"float32"`` or ``"bfloat16"``.
         max_model_len: prompt and response together, in tokens.
         seed: source of the seeds of calls without explicit seeds.
-        memory_frac: fraction of the accelerator's memory for weights and cache.
+        memory_frac: fraction of the accelerator's memory for weights and cache; None computes it.
+        held_bytes: memory that the stage will hold there beside the engine; None is unknown.
         cache_gib: key-value cache on CPU, in GiB.
         stop_token_ids: tokens that end a response unless a call overrides them.
         tuning: how the pushed policy is tuned; None for a policy that is not trained.
         push: what is pushed to vLLM, whole weights or only the adapter.
         tensor_parallel: ranks that share one engine.
+        max_num_seqs: responses that vLLM decodes at the same time; None for its default.
+        cache_dtype: of vLLM's key-value cache; ``auto`` is that of the weights.
+        always_pushed: each use of the engine follows a push, so its own weights may be dropped.
     """
 
     model_dir: Path
     dtype: Literal["float32", "bfloat16"]
     max_model_len: int
     seed: int
-    memory_frac: float
+    memory_frac: float | None
     cache_gib: float
     stop_token_ids: tuple[int, ...]
     tuning: TuningSpec | None = None
     push: Literal["merged", "adapter"] = "merged"
     tensor_parallel: int = 1
+    max_num_seqs: int | None = None
+    cache_dtype: Literal["auto", "fp8", "fp8_e5m2"] = "auto"
+    held_bytes: float | None = None
+    always_pushed: bool = False
+
+    @property
+    def rounded_cache(self) -> torch.dtype | None:
+        """Return the dtype to which the cache rounds keys and values, or None."""
+        return CACHE_DTYPES.get(self.cache_dtype)
 
     @property
     def adds_adapter(self) -> bool:

@@ -56,6 +56,8 @@ class HfEngine:
             model = add_tuner(model, options.tuning)
         self.model = model.eval().requires_grad_(False)
         self.options = options
+        # It keeps no cache between calls, and that of a call is exact.
+        self.cache_dtype: torch.dtype | None = None
         self.version = 0
         self.dtype = next(iter(self._targets().values())).dtype
         self._decode = load_decoder(options.model_dir)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from align.core.errors import TrainingError
 from align.sampling.checksums import Sent
 from align.sampling.engine import ADAPTER, RolloutEngine
-from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_otherwise
+from align.sampling.rounding import ENGINE_LIMIT, excess, rounded_cache, rounded_otherwise
 from align.tuning.export import full_tensor, full_weights
 from align.tuning.merging import adapted_layers, adapter_parameters, merges
 from align.tuning.rows import trained_rows
@@ -116,9 +116,20 @@ def probe_logprobs(model: nn.Module, ids: Sequence[int]) -> Tensor:
     return model(row, positions).logprobs[0, 1:].float().cpu()
 
 
-def measured_rounding(model: nn.Module, ids: Sequence[int], logprobs: Tensor) -> Tensor:
-    """Return how much different rounding changes ``logprobs``, token by token, in nats."""
-    with rounded_otherwise(model):
+def measured_rounding(
+    model: nn.Module,
+    ids: Sequence[int],
+    logprobs: Tensor,
+    *,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return how much different rounding changes ``logprobs``, token by token, in nats.
+
+    Args:
+        model: the policy. ids: the tokens. logprobs: what it computes for them.
+        cache_dtype: of an engine's cache that rounds keys and values; None if it does not.
+    """
+    with rounded_otherwise(model), rounded_cache(model, cache_dtype):
         return (probe_logprobs(model, ids) - logprobs).abs()
 
 

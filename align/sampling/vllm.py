@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from align.core.errors import TrainingError
-from align.core.extras import as_if_absent
 from align.core.groups import rank_group
 from align.core.types import Completion
-from align.recipe.schema.tuning import LoraTuning
 from align.sampling.checksums import Share
 from align.sampling.engine import (
     ADAPTER,
@@ -29,46 +27,25 @@ from align.sampling.engine import (
 )
 from align.sampling.vllm_push import (
     Loaded,
-    adapter_options,
     adapter_request,
     load_adapter,
     load_in_place,
     load_packed,
     shares,
 )
-from align.sampling.vllm_sampler import cheapen_sampling
+from align.sampling.vllm_start import CPU_BLOCK_SIZE, ENVIRONMENT, start_llm
 
 NO_WEIGHTS = -1
 """Version of an engine on an accelerator that dropped its weights to sleep."""
 
-MAX_RUNNING = 256
-"""Number of responses that are decoded at the same time on CPU."""
-
-MAX_BATCHED_TOKENS = 4096
-"""Number of prompt tokens in one step on CPU."""
-
-CPU_BLOCK_SIZE = 32
-"""Tokens per cache block: the smallest size that its CPU attention supports, to share prompts."""
+ASLEEP = ("weights", "kv_cache")
+"""vLLM's names for the parts of its memory, in the order in which they wake."""
 
 CACHE_PROBE = CPU_BLOCK_SIZE + 1
 """Tokens of a prompt that is run again after a push: a block and a token to compute.
 
 Without its first block, no later block of a prompt can be found in the cache.
 """
-
-RESAMPLING = "scipy.signal"
-"""Imported by vLLM for audio, which is unused here; a fifth of the CPU time of vLLM's import."""
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    # FlashInfer cannot return log-probabilities after top_p, which every request needs.
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-}
-"""Environment variables that vLLM reads on import; a user's own setting takes precedence."""
 
 
 class VllmEngine:
@@ -96,11 +73,12 @@ class VllmEngine:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         self.options = options
         self.takes_adapter = options.push == "adapter"
+        self.cache_dtype = options.rounded_cache
         self.version = 0
         self._adapter: Any = None
         self._pushes = 0
         self._calls = 0
-        self._asleep = False
+        self._asleep: tuple[str, ...] = ()
         self._on_cpu = not torch.cuda.is_available()
         self.device = torch.device("cpu" if self._on_cpu else "cuda")
         self.dtype = getattr(torch, options.dtype)
@@ -109,7 +87,7 @@ class VllmEngine:
         self._decode = load_decoder(options.model_dir)
         self._group = rank_group(options.tensor_parallel)
         with _keep_random_state(), _keep_threads():
-            self._llm = _start(options, on_cpu=self._on_cpu)
+            self._llm = start_llm(options, on_cpu=self._on_cpu)
         self.shares: Mapping[str, Share] = self._llm.collective_rpc(shares)[0]
         if not self._owns_world:
             # vLLM's clean-up, which also runs at exit, would destroy the trainer's process group.
@@ -120,8 +98,10 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        """Use the accelerator's memory inside the block; on CPU nothing is released."""
-        self._wake()
+        """Use the accelerator's memory inside the block; on CPU nothing is released.
+
+        Each part of the engine wakes when it is used: a push needs no cache.
+        """
         try:
             yield
         finally:
@@ -137,7 +117,7 @@ class VllmEngine:
             TrainingError: a weight is unknown, missing or did not reach the layer that uses it; the
                 active adapter is not the pushed one; or the cache was not cleared.
         """
-        self._wake()
+        self._wake("weights")
         where = f"weights version {version}"
         try:
             with _keep_random_state():
@@ -319,21 +299,25 @@ class VllmEngine:
         return make_completion(ids, logprobs, stop=stop, decode=self._decode, version=self.version)
 
     def _sleep(self) -> None:
-        # Level 2 drops the weights, which is correct once the trainer pushes them before each use.
+        # Level 2 drops the weights, which is correct if the trainer pushes them before each use.
         # Level 1 keeps those of model_dir in host memory, for an engine that received no push or
         # only an adapter.
-        level = 1 if self.version == 0 or self.takes_adapter else 2
+        drops = self.options.always_pushed or self.version != 0
+        level = 2 if drops and not self.takes_adapter else 1
         self._llm.sleep(level=level)
-        self._asleep = True
+        self._asleep = ASLEEP
         if level == 2:
             self.version = NO_WEIGHTS
 
-    def _wake(self) -> None:
-        if self._asleep:
-            # The trainer's cached but free blocks are invisible to vLLM's allocator.
-            torch.cuda.empty_cache()
-            self._llm.wake_up()
-            self._asleep = False
+    def _wake(self, *parts: str) -> None:
+        """Map the memory of these parts, or of all; nothing happens to a part that is awake."""
+        tags = [tag for tag in self._asleep if not parts or tag in parts]
+        if not tags:
+            return
+        # The trainer's cached but free blocks are invisible to vLLM's allocator.
+        torch.cuda.empty_cache()
+        self._asleep = tuple(tag for tag in self._asleep if tag not in tags)
+        self._llm.wake_up(tags if self._asleep else [*tags, "scheduling"])
 
 
 def _detach_finalizer(client: object) -> None:
@@ -341,67 +325,6 @@ def _detach_finalizer(client: object) -> None:
     finalizer = getattr(client, "_finalizer", None)
     if finalizer is not None:
         finalizer.detach()
-
-
-def _exchange_by_gloo() -> None:
-    """Make the workers of one engine exchange tensors through torch's groups on CPU.
-
-    vLLM's shared memory has one name for all engines that a launcher started on a machine, and a
-    killed rank leaves it behind. vLLM itself uses torch's groups for ranks on several machines.
-    """
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
-
-
-def _start(options: EngineOptions, *, on_cpu: bool) -> Any:
-    """Construct vLLM with minimal start-up work."""
-    with as_if_absent(RESAMPLING):
-        from vllm import LLM
-
-    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    platform: dict[str, Any] = {"gpu_memory_utilization": options.memory_frac}
-    if on_cpu:
-        cheapen_sampling()
-        platform = {
-            "kv_cache_memory_bytes": int(options.cache_gib * 2**30),
-            "block_size": CPU_BLOCK_SIZE,
-            "max_num_seqs": MAX_RUNNING,
-            # A prompt split over two steps rewinds its request's generator. torch's CPU generator
-            # cannot do that, and vLLM 0.31 crashes ("does not use offset").
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, options.max_model_len),
-            "enforce_eager": True,
-        }
-    else:
-        platform["enable_sleep_mode"] = True
-    if options.push == "adapter":
-        assert isinstance(options.tuning, LoraTuning), options.tuning
-        platform |= adapter_options(options.tuning)
-    if world_size > 1:
-        # Use this rank's device and no extra process: the launcher's ranks are the workers.
-        if on_cpu:
-            _exchange_by_gloo()
-        platform["distributed_executor_backend"] = "external_launcher"
-        platform["tensor_parallel_size"] = options.tensor_parallel
-    try:
-        return LLM(
-            model=str(options.model_dir),
-            skip_tokenizer_init=True,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            seed=options.seed,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",
-            use_tqdm_on_load=False,
-            **platform,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(
-            f"vLLM cannot start on {options.model_dir}: {error}. Change sampling.cache_gib, "
-            "sampling.memory_frac or max_length as it says, or use sampling.engine: hf."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -9,14 +9,14 @@ import torch
 
 from align.core.errors import TrainingError
 from align.core.extras import as_if_absent
-from align.sampling.vllm import (
+from align.sampling.vllm_sampler import rank_without_compiler
+from align.sampling.vllm_start import (
     CPU_BLOCK_SIZE,
     ENVIRONMENT,
     MAX_BATCHED_TOKENS,
     MAX_RUNNING,
     RESAMPLING,
 )
-from align.sampling.vllm_sampler import rank_without_compiler
 
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
 """Adapters in one batch, and adapters that stay loaded."""

@@ -223,9 +223,8 @@ def _push_merged(
     push(engine, weights(), version=version)
     probe = probe_of(rows[0].input_ids)
     logprobs = probe_logprobs(trainer, probe)
-    check_answers(
-        engine, probe, logprobs=logprobs, rounding=measured_rounding(trainer, probe, logprobs)
-    )
+    rounding = measured_rounding(trainer, probe, logprobs, cache_dtype=engine.cache_dtype)
+    check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
 
 
 def answer(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from align.core import distributed
 from align.core.errors import ArtifactError, RecipeError, TrainingError
 from align.core.types import PromptRow
 from align.data.load import load_examples
@@ -17,6 +18,7 @@ from align.data.store.source import Loaded, fit_loaded
 from align.models.heads import shared_scorer
 from align.models.loading import num_positions
 from align.models.logprobs import LogprobModel
+from align.preflight.memory import sampling_bytes
 from align.recipe.schema import (
     EvaluateStage,
     MergeStage,
@@ -40,6 +42,7 @@ from align.sampling.push import (
 from align.sampling.rounding import ENGINE_LIMIT, excess
 from align.stages.base import StageContext
 from align.stages.offline import read_back
+from align.stages.tools.plan import Sizes, learned_rewards
 from align.training.deepspeed import deepspeed_config
 from align.training.learner import Learner
 from align.tuning.files import unmerged_adapter
@@ -66,6 +69,7 @@ def start_engine(
     context: StageContext,
 ) -> RolloutEngine:
     """Start the rollout engine of the recipe with the weights in ``model_dir``."""
+    is_online = isinstance(spec, OnlineStage)
     return build_engine(
         spec.sampling.engine,
         model_dir,
@@ -75,10 +79,24 @@ def start_engine(
         memory_frac=spec.sampling.memory_frac,
         cache_gib=spec.sampling.cache_gib,
         stop_token_ids=chat.stop_token_ids,
-        tuning=spec.tuning if isinstance(spec, OnlineStage) else None,
-        push=spec.sampling.push if isinstance(spec, OnlineStage) else "merged",
+        max_num_seqs=spec.sampling.max_num_seqs,
+        cache_dtype=spec.sampling.cache_dtype,
+        held_bytes=held_while_sampling(spec, context) if is_online else None,
+        tuning=spec.tuning if is_online else None,
+        push=spec.sampling.push if is_online else "merged",
         tensor_parallel=spec.sampling.tensor_parallel,
+        always_pushed=is_online,
     )
+
+
+def held_while_sampling(spec: OnlineStage, context: StageContext) -> float:
+    """Return the bytes that the stage will hold on a GPU beside its engine, as predicted."""
+    if spec.sampling.memory_frac is not None or distributed.device().type == "cpu":
+        return 0.0  # nothing is computed from it
+    sizes = Sizes(context.recipe, context.run_dir)
+    rewards = learned_rewards(spec, sizes)
+    ranks = distributed.world_size()
+    return sampling_bytes(spec, sizes.of(spec), rewards=rewards, ranks=ranks)
 
 
 def prompt_rows(
@@ -143,7 +161,10 @@ class Push:
         rounding = self._rounding
         if rounding is None:
             measured = self.policy.infer(
-                [self.probe], lambda model, ids: measured_rounding(model, ids, logprobs)
+                [self.probe],
+                lambda model, ids: measured_rounding(
+                    model, ids, logprobs, cache_dtype=self.engine.cache_dtype
+                ),
             )
             rounding = self._rounding = measured[0]
         check_answers(self.engine, self.probe, logprobs=logprobs, rounding=rounding)

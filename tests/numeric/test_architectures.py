@@ -331,6 +331,8 @@ class FixedResponses:
     """Stand in for a sampler: 30 fixed tokens to each prompt."""
 
     name = "fixed"
+    version = 0
+    cache_dtype = None
 
     def awake(self) -> Any:
         return nullcontext()

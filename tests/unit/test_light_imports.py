@@ -57,7 +57,7 @@ def test_vllm_starts_without_the_resampling_of_sound():
     pytest.importorskip("vllm")
     script = (
         "import sys; from align.core.extras import as_if_absent; "
-        "from align.sampling.vllm import RESAMPLING\n"
+        "from align.sampling.vllm_start import RESAMPLING\n"
         "with as_if_absent(RESAMPLING):\n"
         "    from vllm import LLM\n"
         "print(LLM.__name__, RESAMPLING in sys.modules)\n"

@@ -186,7 +186,8 @@ def test_other_models_of_online_stages() -> None:
     }
     rewards = {"reward r": (model.total, "float32")}
     given = {"rewards": rewards, "ranks": 1, "device": "gpu", "memory": memory}
-    grpo = predict(GrpoStage(kind="grpo", **common), model, **given)
+    by_hand = GrpoStage(kind="grpo", **(common | {"sampling": {"memory_frac": 0.3}}))
+    grpo = predict(by_hand, model, **given)
     assert grpo.parts["engine"] == pytest.approx(0.3 * memory)
     assert grpo.parts["reward r"] == 4 * model.total
     spread = GrpoStage(kind="grpo", zero=ZeroSpec(stage=3), **common)
@@ -197,6 +198,28 @@ def test_other_models_of_online_stages() -> None:
     ppo = predict(PpoStage(kind="ppo", **common), model, **given)
     assert ppo.parts["reference"] == 2 * model.total
     assert ppo.parts["critic"] >= 18 * model.total
+
+
+def test_an_engine_sleeps_in_a_step_and_takes_what_is_left_when_it_samples() -> None:
+    model, memory = size(SMOLLM2), 80 * GIB
+    spec = GrpoStage(
+        kind="grpo",
+        init="x",
+        prompts=[{"path": "x"}],  # type: ignore[list-item]
+        rewards=[{"kind": "scalar", "model": "r"}],  # type: ignore[list-item]
+        steps=1,
+        dtype="bfloat16",
+    )
+    rewards = {"reward r": (model.total, "float32")}
+    found = predict(spec, model, rewards=rewards, ranks=1, device="gpu", memory=memory)
+    # bfloat16 runs as ZeRO stage 1: weights in 2 bytes, a float32 copy and two moments in 12, a
+    # buffer of all gradients in 2; the reward in 4; two copies of the largest tensor in float32.
+    held = (2 + 12 + 2 + 4) * model.total + 2 * 4 * 49152 * 576
+    # 1 GiB is the CUDA context, 1 GiB is left for buffers, and a tenth of the rest stays free.
+    assert found.parts["engine"] == pytest.approx(0.9 * (memory - 2 * GIB - held))
+    assert found.phases["sampling"] == pytest.approx(GIB + held + found.parts["engine"])
+    asleep = sum(n for name, n in found.parts.items() if name != "engine")
+    assert found.phases["step"] == pytest.approx(GIB + asleep)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_recipe_itself_is_right() -> None:
         ("base.build.num_kv_heads", "3", "must divide num_heads 4"),
         ("ppo.sampling", "{engine: hf, cache_gib: 2.0}", "no effect with engine hf"),
         ("ppo.sampling", "{engine: hf, memory_frac: 0.5}", "no effect with engine hf"),
+        ("ppo.sampling", "{engine: hf, max_num_seqs: 8}", "no effect with engine hf"),
+        ("ppo.sampling", "{engine: hf, cache_dtype: fp8}", "no effect with engine hf"),
         ("ppo.kl.horizon", "100", "without 'target'"),
         ("grpo.kl", "{coef: 0.0, place: loss, estimator: k2}", "coef is 0"),
         ("grpo.kl", "{coef: 0.0, place: loss, estimator: k3, corrected: true}", "with coef 0"),

@@ -19,8 +19,11 @@ class FakeLLM:
         self.said = said
         self.llm_engine = SimpleNamespace(engine_core=client, owner=self)
 
-    def wake_up(self) -> None:
-        self.said.append("awake")
+    def wake_up(self, tags: list[str]) -> None:
+        self.said.append("awake " + " ".join(tags))
+
+    def sleep(self, level: int) -> None:
+        self.said.append(f"asleep {level}")
 
 
 @pytest.mark.parametrize("owns_world", [True, False])
@@ -39,13 +42,40 @@ def test_engine_wakes_and_goes_before_its_workers(monkeypatch, owns_world):
     # vLLM 0.25.1 has no client._finalizer.
     engine = object.__new__(VllmEngine)
     engine._llm = FakeLLM(said, SimpleNamespace(engine_core=core))
-    engine._asleep, engine._on_cpu, engine._owns_world = True, True, owns_world
+    engine._asleep, engine._on_cpu, engine._owns_world = vllm.ASLEEP, True, owns_world
     llm = weakref.ref(engine._llm)
     engine.close()
     rest = ["core, engine gone"]
     if not owns_world:
         rest = ["workers, engine gone", "scheduler, engine gone", "groups"]
-    assert said == ["awake", *rest]
+    assert said == ["awake weights kv_cache scheduling", *rest]
+
+
+@pytest.mark.parametrize(
+    ("pushed", "adapter", "levels"),
+    [(True, False, [2, 2]), (False, False, [1, 2]), (True, True, [1, 1])],
+)
+def test_an_engine_wakes_part_by_part(monkeypatch, pushed, adapter, levels):
+    """Weights, then the push, then the cache; an engine that is always pushed keeps no weights."""
+    said: list[str] = []
+    engine = object.__new__(VllmEngine)
+    engine._llm = FakeLLM(said, SimpleNamespace(engine_core=None))
+    engine._on_cpu, engine.takes_adapter, engine.version = False, adapter, 0
+    engine.options = SimpleNamespace(always_pushed=pushed)  # type: ignore[assignment]
+    loaded = SimpleNamespace(missing=(), stale=(), held={"w": 1})
+    monkeypatch.setattr(engine, "_load", lambda _tensors: said.append("push") or loaded)
+    monkeypatch.setattr(engine, "_forget_prefixes", lambda _where: engine._wake())
+    engine._sleep()
+    kept = [engine.version]
+    with engine.awake():
+        assert engine.load_weights([], version=3) == {"w": 1}
+        engine._wake()
+    kept.append(engine.version)
+    first, second = (f"asleep {level}" for level in levels)
+    assert said == [first, "awake weights", "push", "awake kv_cache scheduling", second]
+    assert kept == [
+        vllm.NO_WEIGHTS if level == 2 else v for level, v in zip(levels, (0, 3), strict=True)
+    ]
 
 
 def test_the_trainer_keeps_its_threads_when_an_engine_starts(monkeypatch):

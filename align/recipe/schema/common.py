@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.schema.formats import FormatName
-from reward_models.identity import Added, Aside, Spec
+from reward_models.identity import Added, Aside, Formerly, Spec
 from reward_models.specs import FUNCTION, Count, Positive, Ref, RewardSpec
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -176,13 +176,20 @@ class SamplingSpec(Spec):
     """Divisor of the logits; 0 is greedy decoding."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample from the most probable tokens with this total probability."""
-    memory_frac: Fraction = 0.3
-    """Fraction of the accelerator's memory for the engine's weights and cache."""
+    memory_frac: Annotated[Fraction | None, Formerly(0.3)] = None
+    """Fraction of the accelerator's memory for the engine's weights and cache. None computes it at
+    the start from the free memory and what the stage will hold beside the engine."""
     cache_gib: Positive = 0.5
     """Size of the engine's key-value cache on CPU, in GiB."""
     tensor_parallel: Annotated[Count, Added("0.2")] = 1
     """Number of consecutive ranks that share one vLLM engine, each with a part of the weights. Must
     divide ``ranks`` and the model's number of key-value heads."""
+    max_num_seqs: Annotated[Count | None, Added("0.2")] = None
+    """Maximum number of responses that vLLM decodes at the same time. None is 256 on the CPU, and
+    vLLM's own default on a GPU."""
+    cache_dtype: Annotated[Literal["auto", "fp8", "fp8_e5m2"], Added("0.2")] = "auto"
+    """Dtype of vLLM's key-value cache: that of the weights, or 8-bit floats, which take half of the
+    memory of bfloat16 and round keys and values."""
 
 
 class OnlineSampling(SamplingSpec):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from align.core.artifacts import Artifact
 from align.core.errors import ArtifactError
@@ -97,7 +97,9 @@ def sample_all(
                 push(engine, saved_weights(artifact.model_dir), version=version)
                 # Prove that the engine computes with the new weights before anything is sampled.
                 probe = probe_of(next(iter(rows.values()))[0].input_ids)
-                logprobs, rounding = trainer_logprobs(artifact, probe, spec)
+                logprobs, rounding = trainer_logprobs(
+                    artifact, probe, spec, cache_dtype=engine.cache_dtype
+                )
                 check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
             for i, task in enumerate(spec.all_tasks):
                 num = len(rows[task.name]) * task.samples
@@ -148,9 +150,13 @@ def same_tokens(rows: Sequence[PromptRow], chat: ChatFormat, *, what: str, basel
 
 
 def trainer_logprobs(
-    artifact: Artifact, ids: Sequence[int], spec: EvaluateStage
+    artifact: Artifact,
+    ids: Sequence[int],
+    spec: EvaluateStage,
+    *,
+    cache_dtype: dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of tokens 1 .. T-1 under a saved model, and their rounding."""
     model = LogprobModel(load_tuned_policy(artifact.model_dir, dtype=spec.dtype)).eval()
     logprobs = probe_logprobs(model, ids)
-    return logprobs, measured_rounding(model, ids, logprobs)
+    return logprobs, measured_rounding(model, ids, logprobs, cache_dtype=cache_dtype)

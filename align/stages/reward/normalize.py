@@ -59,6 +59,8 @@ def sampled_rows(
         memory_frac=spec.norm_sampling.memory_frac,
         cache_gib=spec.norm_sampling.cache_gib,
         tensor_parallel=spec.norm_sampling.tensor_parallel,
+        max_num_seqs=spec.norm_sampling.max_num_seqs,
+        cache_dtype=spec.norm_sampling.cache_dtype,
         stop_token_ids=chat.stop_token_ids,
     )
     with closing(engine), engine.awake():

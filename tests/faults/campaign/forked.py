@@ -47,7 +47,7 @@ def preload(*, vllm: bool) -> None:
     """Import once what every run needs; nothing is computed, so forking stays safe."""
     os.environ.update(ENVIRONMENT)
     if vllm:
-        os.environ.update(import_module("align.sampling.vllm").ENVIRONMENT)
+        os.environ.update(import_module("align.sampling.vllm_start").ENVIRONMENT)
     for module in (*MODULES, "vllm") if vllm else MODULES:
         import_module(module)
     # A table of patterns that transformers compiles at the first model it loads.
