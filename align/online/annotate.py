@@ -1,7 +1,6 @@
 """Annotate sampled responses with old and reference log-probabilities and values."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from align.core import distributed
 from align.data.batching import plan_micro_batches
+from align.models.idle import in_use
 from align.recipe.schema import OnlineStage
 from align.sampling.rollout import Experience
 from align.training.batch import PackedBatch
@@ -92,7 +92,7 @@ def annotate(
     if reference is not None:
         # A LoRA policy is its own reference with the adapter off, which saves a copy of the model.
         own = reference is policy.module
-        with policy.module.model.disable_adapter() if own else nullcontext():
+        with policy.module.model.disable_adapter() if own else in_use(reference):
             # The learner runs its engine; a separate reference runs as a plain module.
             run: Any = policy if own else reference.eval()
             found["ref_logprobs"] = infer_tokens(whole, run, plan=plan, fn=logprobs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from align.core import distributed
 from align.core.errors import DataError
 from align.core.types import Completion, PromptRow
+from align.models.idle import in_use, models_in
 from align.online.advantages import overlong_penalty
 from align.recipe.schema import OnlineStage
 from align.sampling.rollout import Experience
@@ -58,15 +59,12 @@ def score_answers(
         prompts, [p.prefill + a.text for p, a in zip(prompts, answers, strict=True)]
     )
     try:
-        by_name = {
+        by_name = {}
+        for r in rewards:
             # A reward that is not built from a recipe may not have the attribute.
-            r.name: r(
-                prompts=asked,
-                completions=whole if getattr(r, "prefill", False) else said,
-                **columns,
-            )
-            for r in rewards
-        }
+            completions = whole if getattr(r, "prefill", False) else said
+            with in_use(*models_in(r)):
+                by_name[r.name] = r(prompts=asked, completions=completions, **columns)
     except MissingColumnError as error:
         raise DataError(str(error)) from error
     total: list[float | None] = []

@@ -211,6 +211,16 @@ def other_models(
     return found
 
 
+def idle_models(spec: TrainingStage, others: Mapping[str, float]) -> list[str]:
+    """Return which of the other models are in CPU memory while nothing runs them.
+
+    Models that are divided among the ranks stay on their GPUs.
+    """
+    if not isinstance(spec, OnlineStage) or not spec.offload_idle or spec.zero.stage == 3:
+        return []
+    return [name for name in others if name != "critic"]
+
+
 def engine_bytes(
     spec: TrainingStage, size: ModelSize, *, device: str, memory: float, held: float
 ) -> float:
@@ -252,6 +262,7 @@ def sampling_bytes(
     """
     step = step_bytes(spec, size, ranks=ranks, device=device)
     others = other_models(spec, size, rewards=rewards, ranks=ranks, device=device)
+    others = {name: n for name, n in others.items() if name not in idle_models(spec, others)}
     held = sum(step.get(name, 0.0) for name in (*RESTING, "gathered weights"))
     return held + sum(others.values()) + 2 * size.largest * 4
 
@@ -293,13 +304,17 @@ def predict(
     resting = sum(step.get(name, 0.0) for name in RESTING)
     # On a GPU the engine of an online stage sleeps while others use the memory.
     sleeps = device == "gpu" and isinstance(spec, OnlineStage) and spec.sampling.engine != "hf"
-    beside = sum(others.values()) + (0.0 if sleeps else engine)
+    idle = sum(others[name] for name in idle_models(spec, others)) if device == "gpu" else 0.0
+    beside = sum(others.values()) - idle + (0.0 if sleeps else engine)
     sharded = spec.zero.stage == 3 and spec.tuning.method == "full"
     whole = size.total * width
     used = {
-        "load": (whole / ranks if sharded else whole) + size.largest * width + beside,
+        # Each is on the device once before it is moved away.
+        "load": (whole / ranks if sharded else whole) + size.largest * width + beside + idle,
         "step": sum(step.values()) + beside,
     }
+    if idle:
+        used["scoring"] = resting + beside + max(others[n] for n in idle_models(spec, others))
     if sleeps:
         used["sampling"] = held + engine
     # On a GPU both are copied to the host.

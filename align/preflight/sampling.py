@@ -9,6 +9,7 @@ from torch import Tensor
 
 from align.core.distributed import derive_seed
 from align.core.types import Completion, PromptRow, TokenRow
+from align.models.idle import in_use
 from align.models.logprobs import LogprobModel, next_logits
 from align.preflight.checks import Check, Finding, at_most, spread
 from align.preflight.offline import own_forward
@@ -228,9 +229,10 @@ class Probe:
         model = model or self.module
         model.eval()
         temperature = self.spec.sampling.temperature
-        return model(
-            batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
-        ).logprobs
+        with in_use(model):
+            return model(
+                batch.input_ids, batch.position_ids, temperature=temperature, mask=batch.mask
+            ).logprobs
 
 
 def _whole(experience: Experience) -> PackedBatch:

@@ -36,8 +36,8 @@ def engine_share(held_bytes: float | None) -> float:
         raise TrainingError(
             f"no GPU memory is left for the rollout engine: {free / GIB:.1f} of {total / GIB:.1f} "
             f"GiB are free, and the stage will hold about {held / GIB:.1f} GiB while it "
-            "samples. 'align plan' shows the parts. Use more ranks with zero.stage: 3, or set "
-            "sampling.memory_frac"
+            "samples. 'align plan' shows the parts. Use more ranks with zero.stage: 3, "
+            "offload_idle: true, or set sampling.memory_frac"
         )
     log.info(
         "rollout engine: %.2f of the GPU's %.1f GiB; %.1f are free, and the stage will hold about "

@@ -1,7 +1,7 @@
 """Stages ppo and grpo: assemble policy, critic, reference, engine and rewards, then loop."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from align.data.render.chat import ChatFormat
 from align.data.store.source import Loaded, load_rows
 from align.losses.kl import AdaptiveKL, FixedKL
 from align.models.heads import ValueModel, scorer_from
+from align.models.idle import keep_on_cpu, models_in
 from align.models.loading import load_tokenizer
 from align.models.logprobs import LogprobModel
 from align.online import guard
@@ -137,6 +138,9 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
             push(engine, pushed_weights(module.model), version=0)
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context, chat.tokenizer, zero=spec.zero)
+    if spec.offload_idle:
+        offload_idle({"reference": [] if reference in (None, module) else [reference]})
+        offload_idle({reward.name: models_in(reward) for reward in rewards})
     probe = Probe(
         spec,
         engine=engine,
@@ -210,6 +214,20 @@ def train(spec: OnlineStage, context: StageContext, parts: Parts) -> StageResult
     return StageResult(final, fingerprints(spec.prompts, watched, replayed(spec)), notes, tidy)
 
 
+def offload_idle(models: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Keep models in CPU memory while they are not used, and log which ones stay."""
+    for name, found in models.items():
+        for model in found:
+            moved = keep_on_cpu(model)
+            log.info(
+                "offload_idle: %s %s",
+                name,
+                "is in CPU memory while it is not used"
+                if moved
+                else "stays where it is: on the CPU, or divided among the ranks",
+            )
+
+
 def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineRun:
     """Return the online loop's parts: policy and critic under their learners, and the KL."""
     algorithm = build_algorithm(spec)
@@ -257,13 +275,16 @@ def _begin_watch(
         return None
     # A watch always measures the KL, so build_reference has made one also without a penalty.
     assert parts.reference is not None
+    gold = build_rewards(spec.watch.gold, context, parts.chat.tokenizer, zero=spec.zero)
+    if spec.offload_idle:
+        offload_idle({f"watch.gold {reward.name}": models_in(reward) for reward in gold})
     return _build_watch(
         online,
         spec.watch,
         prompts=without_copies(
             fitted(parts.heldout, spec, parts.chat, context=context, what="watched prompts")
         ),
-        gold=build_rewards(spec.watch.gold, context, parts.chat.tokenizer, zero=spec.zero),
+        gold=gold,
         reference=parts.reference,
         best=best,
         metrics=metrics,

@@ -19,8 +19,11 @@ from curves import VOCAB, alone, policy_of, save_tiny, sft_curve, tiny_model
 from online_parts import LORA
 
 from align.core import distributed
+from align.core.types import Completion, PromptRow
 from align.models.heads import scorer_from
+from align.models.idle import in_use, keep_on_cpu, models_in
 from align.models.logprobs import token_logprobs
+from align.online.scoring import score_answers
 from align.sampling import rollout
 from align.training import batch, learner
 from align.tuning.ewc import anchor_at, fisher_diagonal, scaled
@@ -111,6 +114,73 @@ def test_packed_rows_on_a_gpu_are_those_of_the_cpu(model_type: str) -> None:
         assert found.device == GPU
         found = found.detach().cpu()
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_a_reference_in_cpu_memory_changes_no_bit(
+    model_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[nn.Module] = []
+
+    def kept(folder: Path) -> Any:
+        reference = curves_reference(folder).requires_grad_(False).to(GPU)
+        assert keep_on_cpu(reference)
+        made.append(reference)
+        return reference
+
+    curves_reference = curves.reference_of
+    with two_devices():
+        expected = curves.CURVES[name](model_dir)
+        monkeypatch.setattr(curves, "reference_of", kept)
+        found = curves.CURVES[name](model_dir)
+        assert {p.device for p in made[0].parameters()} == {torch.device("cpu")}
+    assert found == expected
+
+
+def test_an_idle_model_is_on_the_gpu_only_while_it_is_used(model_dir: Path) -> None:
+    torch.manual_seed(4)
+    scorer = scorer_from(model_dir, dtype="float32").eval().requires_grad_(False)
+    before = [x.clone() for x in (*scorer.parameters(), *scorer.buffers())]
+    reward = SimpleNamespace(members=[SimpleNamespace(model=scorer), SimpleNamespace()])
+
+    def devices() -> set[torch.device]:
+        return {x.device for x in (*scorer.parameters(), *scorer.buffers())}
+
+    with two_devices():
+        assert not keep_on_cpu(scorer)  # it is there
+        expected = score_token_ids(scorer.to(GPU), [[3, 4, 5]], micro_tokens=6)
+        assert keep_on_cpu(scorer)
+        assert devices() == {torch.device("cpu")}
+        for _ in range(2):
+            with in_use(*models_in(reward), None):
+                assert devices() == {GPU}
+                assert score_token_ids(scorer, [[3, 4, 5]], micro_tokens=6) == expected
+            assert devices() == {torch.device("cpu")}
+        with pytest.raises(KeyError), in_use(scorer):
+            raise KeyError
+        assert devices() == {torch.device("cpu")}
+        after = (*scorer.parameters(), *scorer.buffers())
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_rewards_are_scored_while_their_models_are_in_use(model_dir: Path) -> None:
+    scorer = scorer_from(model_dir, dtype="float32").eval().requires_grad_(False)
+    seen: list[torch.device] = []
+
+    class Reward:
+        name, weight, model = "r", 1.0, scorer
+
+        def __call__(self, *, completions: list[str], **_: Any) -> list[float]:
+            seen.append(scorer.head.weight.device)
+            return [1.0 for _ in completions]
+
+    with two_devices():
+        scorer.to(GPU)
+        assert keep_on_cpu(scorer)
+        said = Completion((3, 4), (-1.0, -1.0), "stop", "a", 0)
+        found = score_answers([PromptRow((5,), "p", {})], [said], [Reward()])  # type: ignore[list-item]
+        assert scorer.head.weight.device.type == "cpu"
+    assert (found.total, seen) == ([1.0], [GPU])
 
 
 def test_responses_are_scored_on_a_gpu(model_dir: Path) -> None:

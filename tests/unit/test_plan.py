@@ -222,6 +222,45 @@ def test_an_engine_sleeps_in_a_step_and_takes_what_is_left_when_it_samples() -> 
     assert found.phases["step"] == pytest.approx(GIB + asleep)
 
 
+def test_idle_models_are_not_beside_an_engine_or_a_step() -> None:
+    model, memory = size(SMOLLM2), 80 * GIB
+    common = {
+        "kind": "ppo",
+        "init": "x",
+        "prompts": [{"path": "x"}],
+        "rewards": [{"kind": "scalar", "model": "r"}],
+        "steps": 1,
+        "dtype": "bfloat16",
+    }
+    given = {
+        "rewards": {"reward r": (model.total, "float32")},
+        "ranks": 2,
+        "device": "gpu",
+        "memory": memory,
+    }
+    there, away, divided, same = (
+        predict(
+            PpoStage.model_validate(common | {"zero": {"stage": stage}, "offload_idle": idle}),
+            model,
+            **given,
+        )
+        for stage in (2, 3)
+        for idle in (False, True)
+    )
+    # The reward in float32, the reference in bfloat16.
+    saved = (4 + 2) * model.total
+    assert there.phases["step"] - away.phases["step"] == pytest.approx(saved)
+    # The engine gets nine tenths of it.
+    assert away.parts["engine"] - there.parts["engine"] == pytest.approx(0.9 * saved)
+    assert away.phases["load"] == there.phases["load"]
+    # One at a time comes back: the larger of the two is the reward.
+    parts = ("weights", "optimizer", "reduction buffer", "critic")
+    kept = sum(away.parts[name] for name in parts)
+    assert away.phases["scoring"] == pytest.approx(GIB + kept + 4 * model.total)
+    # Those that are divided among the ranks stay.
+    assert same.phases == divided.phases
+
+
 @pytest.mark.parametrize(
     ("method", "adapted", "weights"),
     [("full", False, 2 / 4), ("lora", False, 0), ("bottleneck", False, 0), ("bottleneck", True, 2)],

@@ -32,6 +32,7 @@ from align.recipe.schema.common import (
 )
 from align.recipe.schema.training import TrainingStage, refuse_unfit
 from align.recipe.schema.tuning import refuse_dropout, refuse_pushed, refuse_served
+from reward_models.identity import Aside
 from reward_models.specs import RewardSpec
 
 AlarmName = Literal["gold_slope", "proxy_gap", "length", "repetition", "one_reward", "disagreement"]
@@ -139,6 +140,9 @@ class OnlineStage(TrainingStage):
     error."""
     watch: WatchSpec | None = None
     """Held-out evaluation during training, and the guard against over-optimization."""
+    offload_idle: Annotated[bool, Aside()] = False
+    """On a GPU, keep the reference policy and the reward models in CPU memory while they are not
+    used. Copying them takes time in each step."""
     if TYPE_CHECKING:  # Each stage has its own defaults, or a fixed value.
         kind: Literal["ppo", "grpo"]
         kl: KlSpec

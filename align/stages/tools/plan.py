@@ -19,7 +19,7 @@ from align.models.loading import bringing_in
 from align.preflight.disk import bytes_to_write
 from align.preflight.memory import GIB, ModelSize, Prediction, predict, size_of_model
 from align.recipe.load import load_recipe
-from align.recipe.schema import Recipe, TrainingStage, TrlStage
+from align.recipe.schema import OnlineStage, Recipe, TrainingStage, TrlStage
 from align.tuning.files import num_trained, unmerged_adapter
 from align.tuning.wrap import add_tuner
 
@@ -142,6 +142,8 @@ def changes(spec: TrainingStage, ranks: int) -> Iterator[tuple[str, TrainingStag
     while spec.micro_tokens // 2 >= max(spec.max_length, SMALLEST_MICRO):
         half = spec.micro_tokens // 2
         yield made(f"micro_tokens: {half}", micro_tokens=half)
+    if isinstance(spec, OnlineStage) and not spec.offload_idle:
+        yield made("offload_idle: true", offload_idle=True)
     if spec.zero.offload == "none" and spec.zero.stage:
         zero = spec.zero.model_copy(update={"offload": "cpu"})
         yield made("zero.offload: cpu", zero=zero)
