@@ -148,13 +148,13 @@ def test_an_idle_model_is_on_the_gpu_only_while_it_is_used(model_dir: Path) -> N
 
     with two_devices():
         assert not keep_on_cpu(scorer)  # it is there
-        expected = score_token_ids(scorer.to(GPU), [[3, 4, 5]], micro_tokens=6)
+        expected = score_heads(scorer.to(GPU), [[3, 4, 5]], micro_tokens=6)
         assert keep_on_cpu(scorer)
         assert devices() == {torch.device("cpu")}
         for _ in range(2):
             with in_use(*models_in(reward), None):
                 assert devices() == {GPU}
-                assert score_token_ids(scorer, [[3, 4, 5]], micro_tokens=6) == expected
+                assert score_heads(scorer, [[3, 4, 5]], micro_tokens=6) == expected
             assert devices() == {torch.device("cpu")}
         with pytest.raises(KeyError), in_use(scorer):
             raise KeyError

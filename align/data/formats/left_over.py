@@ -81,7 +81,8 @@ def check_left_over(
 def _part(key: str, example: Example, kind: Kind) -> str:
     """Return what a column may hold, "" for nothing of the row's text.
 
-    ``part`` or ``choice`` of the question, ``answer``, ``whole`` row as one text, or ``other`` text.
+    A part of the ``question``, a ``choice``, an ``answer``, the ``whole`` row as one text, or
+    ``other`` text.
     """
     name = plain_name(key)
     if name in _CHOICES or _CHOICE.fullmatch(name):
