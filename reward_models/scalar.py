@@ -86,8 +86,7 @@ class RewardModel(nn.Module):
     backbone: Any
     """A model of transformers, which peft may have wrapped."""
     passes: Callable[[int], int] | None = None
-    """Of a model whose weights several processes share: maps this process's number of forward
-    passes to the number that all of them make. None if processes are independent."""
+    """Maps a process's number of passes to that of all which share the weights; None if none do."""
 
     def __init__(
         self,
@@ -206,8 +205,7 @@ class RewardModel(nn.Module):
         transformers' classes read encoders through further layers.
 
         Args:
-            directory: created if missing.
-            tokenizer: the tokenizer with which the scorer was trained.
+            directory: created if missing. tokenizer: the one with which the scorer was trained.
             state_dict: weights in place of the module's own.
             extra: further keys for scorer.json.
             stop_token_ids: tokens that end a response, the one that ends plain text first; they are
@@ -297,8 +295,7 @@ class RewardModel(nn.Module):
         """Load a scorer that `save` wrote.
 
         Args:
-            directory: ``model/`` of a reward stage.
-            dtype: dtype of the weights.
+            directory: ``model/`` of a reward stage. dtype: of the weights.
             attn_implementation: attention of a decoder, default ``exact_attention``; an encoder
                 uses transformers' own choice.
             backbone: the scorer's own if it is loaded already; only the heads are read then.
@@ -386,12 +383,19 @@ def reads_first(directory: Path) -> bool:
     return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("reads") == "first"
 
 
+def score_token_ids(
+    model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
+) -> list[float]:
+    """Return the raw score of each token row, in order: the mean over the heads."""
+    return [sum(s) / len(s) for s in score_heads(model, rows, micro_tokens=micro_tokens)]
+
+
 def score_heads(
     model: RewardModel, rows: Sequence[Sequence[int]], *, micro_tokens: int = 16384
 ) -> list[list[float]]:
     """Return one raw score per head for each token row; every row ends with its response."""
-    found = token_values(model, rows, micro_tokens=micro_tokens)
-    return [values[-1].view(-1).tolist() for values in found]
+    values = token_values(model, rows, micro_tokens=micro_tokens)
+    return [of_row[-1].view(-1).tolist() for of_row in values]
 
 
 @torch.no_grad()
@@ -403,8 +407,7 @@ def token_values(
     The module's mode (dropout) is restored afterwards.
 
     Args:
-        model: the scorer.
-        rows: token ids of prompt and response; at least one token each.
+        model: the scorer. rows: token ids of prompt and response; at least one token each.
         micro_tokens: padded tokens of one forward pass (a longer row has its own pass).
 
     Returns:
@@ -436,10 +439,7 @@ def token_values(
 
 
 def _plan(rows: Sequence[Sequence[int]], micro_tokens: int) -> list[list[int]]:
-    """Return the indices of the rows of each forward pass, from the shortest rows to the longest.
-
-    A pass has as many rows as fit into the budget of padded tokens, and at least one.
-    """
+    """Return the rows of each pass, the shortest first: as many as fit, and at least one."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     plan: list[list[int]] = []
     for i in order:

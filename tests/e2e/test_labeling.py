@@ -19,7 +19,7 @@ from tuned_stages import make_base, run_plain, run_stage, write_rows
 from align.core.types import Example
 from align.stages.base import chat_format
 from align.training.batch import trim_after_last_trained
-from reward_models.scalar import RewardModel, score_heads
+from reward_models.scalar import RewardModel, score_token_ids
 
 ANSWERS = ["yes indeed.", "no", "yes", "no way, not at all.", "maybe so"]
 
@@ -80,7 +80,7 @@ def test_a_judge_a_model_and_a_rule_vote_or_abstain(folder: Path, judge: Server)
         trim_after_last_trained(chat.sft_row(Example(prompt="Is it?", completion=answer))).input_ids
         for answer in ANSWERS
     ]
-    scores = [row[0] for row in score_heads(RewardModel.load(scorer.model_dir), ids)]
+    scores = score_token_ids(RewardModel.load(scorer.model_dir), ids)
     mean = json.loads((scorer.model_dir / "scorer.json").read_text())["mean"]
     # A scalar reward is (score - mean) / std: at least 0 from the mean on.
     assert votes["scalar"] == [int(score >= mean) for score in scores]

@@ -13,7 +13,7 @@ from align.models.loading import stop_token_ids
 from reward_models import build_reward
 from reward_models.learned import ScalarReward
 from reward_models.process import ProcessReward
-from reward_models.scalar import RewardModel, ScalarHead, score_heads
+from reward_models.scalar import RewardModel, ScalarHead, score_heads, score_token_ids
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_tokenizers import byte_tokenizer
@@ -57,10 +57,6 @@ def _model(*, seed: int = 0, dropout: float = 0.0) -> RewardModel:
 ROWS = [[5, 6, 1], [8, 9, 8, 9, 5, 7, 1], [5, 1], [0, 0, 5, 0, 1, 0], [9] * 40 + [1], [5, 6, 1]]
 
 
-def _scores(model: RewardModel, rows: list[list[int]], **options: int) -> list[float]:
-    return [one for (one,) in score_heads(model, rows, **options)]
-
-
 def _alone(model: RewardModel, row: list[int]) -> float:
     """Score one row without a mask, padding or batching: the definition."""
     model.eval()
@@ -73,7 +69,7 @@ def test_score_does_not_depend_on_padding_or_batch(micro_tokens: int):
     # Rows with the pad id 0 inside and at the end: the position comes from lengths, not from ids.
     model = _model()
     expected = [_alone(model, row) for row in ROWS]
-    scores = _scores(model, ROWS, micro_tokens=micro_tokens)
+    scores = score_token_ids(model, ROWS, micro_tokens=micro_tokens)
     assert scores == pytest.approx(expected, abs=1e-5)
     assert len({round(score, 4) for score in scores}) == len(ROWS) - 1
 
@@ -92,7 +88,7 @@ def test_scoring_switches_dropout_off_and_puts_the_mode_back():
     model = _model(dropout=0.9)
     expected = [_alone(model, row) for row in ROWS]
     model.train()
-    assert _scores(model, ROWS) == pytest.approx(expected, abs=1e-5)
+    assert score_token_ids(model, ROWS) == pytest.approx(expected, abs=1e-5)
     assert model.training
 
 
@@ -117,18 +113,18 @@ def test_head_computes_in_float32_with_bfloat16_weights():
 def test_saved_scorer_scores_the_same(tmp_path: Path):
     model = _model()
     model.set_normalization(mean=0.1, std=2.5)
-    expected = _scores(model, ROWS)
+    expected = score_token_ids(model, ROWS)
     model.save(tmp_path, tokenizer=_tokenizer(), extra={"pairs": 7})
     names = {"model.safetensors", "config.json", "scorer.json", "tokenizer.json"}
     assert names <= {path.name for path in tmp_path.iterdir()}
     again = RewardModel.load(tmp_path)
-    assert _scores(again, ROWS) == expected
+    assert score_token_ids(again, ROWS) == expected
     assert (float(again.mean), float(again.std)) == (pytest.approx(0.1), 2.5)
     assert not again.training
     half = RewardModel.load(tmp_path, torch.bfloat16)
     assert half.head.weight.dtype == torch.bfloat16
     assert half.backbone.rotary_emb.inv_freq.dtype == torch.float32
-    assert _scores(half, ROWS) == pytest.approx(expected, abs=0.1)
+    assert score_token_ids(half, ROWS) == pytest.approx(expected, abs=0.1)
 
 
 def test_normalization_is_not_rounded_by_a_cast_of_the_module():
