@@ -384,6 +384,17 @@ def test_places_of_images_and_sound_are_refused(key: str) -> None:
         assert example.columns[kept] == 3
 
 
+def test_bytes_are_refused_where_they_are_a_picture_or_sound() -> None:
+    for first in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x24\0\0\0WAVE"):
+        row = {"prompt": "Q", "page": first + b"rest"}
+        with pytest.raises(DataError, match="page: images, video and audio cannot"):
+            to_examples(row, kind="prompts", format="auto", source="a:1")
+    for kept in (b"", b"\xff", b"text"):
+        row = {"prompt": "Q", "page": kept}
+        (example,) = to_examples(row, kind="prompts", format="auto", source="a:1")
+        assert example.columns["page"] == kept
+
+
 def test_pairs_of_plain_text_may_share_their_beginning() -> None:
     row = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
     (pair,) = to_examples(row, kind="preference", format="auto", source="a:1")

@@ -37,6 +37,8 @@ WEIGHTS = ("weight", "loss_weight", "sample_weight")
 TEMPLATE = "chat_template_kwargs"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PLACES = (*_MEDIA, "url", "urls", "path", "paths", "file", "files", "bytes", "data", "base64")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"ID3", b"OggS", b"fLaC")
+"""First bytes of PNG, JPEG, GIF, WebP and WAV (both RIFF), MP3, Ogg and FLAC files."""
 _TURNS = ("history", "tool_calls", "function_call", "enable_thinking")
 _LOSS = ("loss", "loss_mask", "train", "training", "trainable")
 _THOUGHTS = ("cot", "chain_of_thought", "rationale", "thought", "thoughts", "reasoning_trace")
@@ -168,7 +170,7 @@ def _is_media(key: str, value: object) -> bool:
     """Return whether a column is an image or the like, or says where one is (``image_url``)."""
     words = plain_name(key).split("_")
     if key not in _MEDIA and not (words[0] in _MEDIA and words[-1] in _PLACES):
-        return isinstance(value, bytes)
+        return isinstance(value, bytes) and value.startswith(_SIGNATURES)
     return not isinstance(value, bool | int | float)
 
 
