@@ -47,6 +47,7 @@ def measure(hidden: int, layers: int, push: str) -> None:
 
     from align.recipe.schema.tuning import LoraTuning
     from align.sampling.build import build_engine
+    from align.sampling.engine import EngineOptions
     from align.sampling.push import pushed_weights
     from align.tuning.loading import load_for_training
 
@@ -57,7 +58,9 @@ def measure(hidden: int, layers: int, push: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         save_model(Path(place), hidden, layers)
         model = load_for_training(Path(place), tuning, dtype="float32")
-        engine = build_engine("vllm", place, max_model_len=128, tuning=tuning, push=push)
+        engine = build_engine(
+            "vllm", EngineOptions(place, max_model_len=128, tuning=tuning, push=push)
+        )
         for version in range(1, ROUNDS + 2):
             began = time.perf_counter()
             pushed = pushed_weights(model, adapter_alone=engine.takes_adapter)

@@ -194,6 +194,7 @@ def rollout(gate: Gate, work: Mapping[str, Any]) -> None:
     """Sample groups with the engine alone, as the online loop does."""
     from align.recipe.schema import SamplingSpec
     from align.sampling.build import build_engine
+    from align.sampling.engine import EngineOptions
     from align.sampling.rollout import sample_groups
     from align.stages.base import chat_format
 
@@ -201,11 +202,13 @@ def rollout(gate: Gate, work: Mapping[str, Any]) -> None:
     chat = chat_format(context.run_dir / "base" / "model")
     engine = build_engine(
         "vllm",
-        context.run_dir / "base" / "model",
-        dtype=work["dtype"],
-        max_model_len=work["max_length"],
-        cache_gib=work["cache_gib"],
-        stop_token_ids=chat.stop_token_ids,
+        EngineOptions(
+            context.run_dir / "base" / "model",
+            dtype=work["dtype"],
+            max_model_len=work["max_length"],
+            cache_gib=work["cache_gib"],
+            stop_token_ids=chat.stop_token_ids,
+        ),
     )
     from align.data.load import load_examples
     from align.recipe.schema import DataSpec

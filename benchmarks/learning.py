@@ -38,7 +38,7 @@ from align.online.loop import OnlineRun, online_step
 from align.recipe.algorithms import ALGORITHMS
 from align.recipe.schema import DataSpec, GrpoStage, OnlineStage, PpoStage
 from align.sampling.build import build_engine
-from align.sampling.engine import RolloutEngine
+from align.sampling.engine import EngineOptions, RolloutEngine
 from align.sampling.rollout import sample_groups
 from align.stages.base import chat_format
 from align.stages.offline import build_policy
@@ -108,10 +108,12 @@ class Arena:
         self.reward = build_reward(REWARD)
         engine = build_engine(
             "auto",
-            setting.model_dir,
-            max_model_len=128,
-            stop_token_ids=self.chat.stop_token_ids,
-            cache_gib=0.25,
+            EngineOptions(
+                setting.model_dir,
+                max_model_len=128,
+                stop_token_ids=self.chat.stop_token_ids,
+                cache_gib=0.25,
+            ),
         )
         self.engine = Counting(engine)
 

@@ -28,6 +28,7 @@ from align.models.logprobs import LogprobModel
 from align.recipe.load import load_recipe
 from align.recipe.schema import DataSpec, Recipe, SftStage
 from align.sampling.build import build_engine, choose_engine
+from align.sampling.engine import EngineOptions
 from align.stages.base import chat_format, main
 from align.stages.offline import (
     LOSS_SAVED,
@@ -124,7 +125,8 @@ def greedy_score(
     room = length - task["tokens"]
     rows = [row for row in rows if len(row.input_ids) <= room][:NUM_PROMPTS]
     engine = build_engine(
-        "hf", artifact.model_dir, max_model_len=length, stop_token_ids=chat.stop_token_ids
+        "hf",
+        EngineOptions(artifact.model_dir, max_model_len=length, stop_token_ids=chat.stop_token_ids),
     )
     groups = engine.generate(
         [row.input_ids for row in rows], n=1, max_new_tokens=task["tokens"], temperature=0.0

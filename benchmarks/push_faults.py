@@ -29,6 +29,7 @@ from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
 from align.recipe.schema.tuning import LoraTuning
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import (
     check_answers,
     measured_rounding,
@@ -116,12 +117,14 @@ def start(folder: Path, setup: Setup) -> Any:
     dtype: Any = setup.dtype
     return build_engine(
         setup.engine,
-        folder,
-        dtype=dtype,
-        max_model_len=128,
-        cache_gib=0.05,
-        tuning=TUNING if setup.adapter else None,
-        push=kind,
+        EngineOptions(
+            folder,
+            dtype=dtype,
+            max_model_len=128,
+            cache_gib=0.05,
+            tuning=TUNING if setup.adapter else None,
+            push=kind,
+        ),
     )
 
 

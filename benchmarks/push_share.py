@@ -31,6 +31,7 @@ from align.online.algorithms import build_algorithm
 from align.online.loop import OnlineRun, online_step
 from align.recipe.schema import GrpoStage
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.stages import rollouts
 from align.training.learner import Learner
 from reward_models import build_reward
@@ -85,11 +86,13 @@ def build_run(args: argparse.Namespace) -> OnlineRun:
     prompts = [PromptRow(tuple(draw.choices(ids, k=64)), "", {}) for _ in range(args.prompts)]
     engine = build_engine(
         args.engine,
-        args.model,
-        dtype=args.dtype,
-        max_model_len=64 + args.tokens,
-        cache_gib=0.5,
-        stop_token_ids=stops,
+        EngineOptions(
+            args.model,
+            dtype=args.dtype,
+            max_model_len=64 + args.tokens,
+            cache_gib=0.5,
+            stop_token_ids=stops,
+        ),
     )
     policy = Learner(
         LogprobModel(load_policy(args.model, dtype=args.dtype)),

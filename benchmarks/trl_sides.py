@@ -183,14 +183,17 @@ def grpo_vllm(gate: Gate, work: Mapping[str, Any]) -> None:
     from trl import GRPOTrainer
 
     from align.sampling.build import build_engine
+    from align.sampling.engine import EngineOptions
 
     engine = build_engine(
         "vllm",
-        Path(work["folder"]) / "base" / "model",
-        dtype=work["dtype"],
-        max_model_len=work["max_length"],
-        cache_gib=work["cache_gib"],
-        stop_token_ids=(0,),
+        EngineOptions(
+            Path(work["folder"]) / "base" / "model",
+            dtype=work["dtype"],
+            max_model_len=work["max_length"],
+            cache_gib=work["cache_gib"],
+            stop_token_ids=(0,),
+        ),
     )
 
     class WithEngine(GRPOTrainer):

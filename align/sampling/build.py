@@ -4,7 +4,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -28,24 +28,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention supports (vllm 0.32, ``cpu_attn.py``)."""
 
 
-def build_engine(
-    kind: Literal["auto", "vllm", "hf"],
-    model_dir: str | Path,
-    *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    max_model_len: int = 1024,
-    seed: int = 0,
-    memory_frac: float | None = None,
-    cache_gib: float = 0.5,
-    stop_token_ids: Sequence[int] = (),
-    tuning: TuningSpec | None = None,
-    push: Literal["merged", "adapter"] = "merged",
-    tensor_parallel: int = 1,
-    max_num_seqs: int | None = None,
-    cache_dtype: Literal["auto", "fp8", "fp8_e5m2"] = "auto",
-    held_bytes: float | None = None,
-    always_pushed: bool = False,
-) -> RolloutEngine:
+def build_engine(kind: Literal["auto", "vllm", "hf"], options: EngineOptions) -> RolloutEngine:
     """Build the engine that a recipe selects and log the choice.
 
     With several ranks, every rank must call this at the same point, because vLLM creates process
@@ -53,42 +36,18 @@ def build_engine(
 
     Args:
         kind: ``auto`` uses vLLM if it can serve this model, and logs the reason if it cannot.
-        model_dir: Hugging Face model folder with its tokenizer.
-        max_model_len: prompt and response together, in tokens; at most the model's positions.
-        tuning: tuning block of the stage whose policy will be pushed; None without training.
-        push: ``adapter`` lets vLLM serve the LoRA of ``tuning`` together with its initial weights.
-        tensor_parallel: ranks that share one engine, which vLLM alone can do.
-        dtype, seed, memory_frac, cache_gib, stop_token_ids: see ``EngineOptions``.
-        max_num_seqs, cache_dtype, held_bytes, always_pushed: see ``EngineOptions``.
+        options: ``max_model_len`` is lowered to the positions of the model, and ``tensor_parallel``
+            needs vLLM.
 
     Raises:
         TrainingError: the recipe requires vLLM, but it cannot serve this model; or the model
             cannot be divided among so many ranks.
     """
-    _read_config(Path(model_dir))  # one clear line if the folder has no readable configuration
+    _read_config(options.model_dir)  # one clear line if the folder has no readable configuration
     # vLLM refuses to start with more tokens than the model has positions.
-    positions = num_positions(model_dir) or max_model_len
-    options = EngineOptions(
-        model_dir=Path(model_dir),
-        dtype=dtype,
-        max_model_len=min(max_model_len, positions),
-        seed=seed,
-        memory_frac=memory_frac,
-        cache_gib=cache_gib,
-        stop_token_ids=tuple(stop_token_ids),
-        tuning=tuning,
-        push=push,
-        tensor_parallel=tensor_parallel,
-        max_num_seqs=max_num_seqs,
-        cache_dtype=cache_dtype,
-        held_bytes=held_bytes,
-        always_pushed=always_pushed,
-    )
-    return _chosen(kind, options)
-
-
-def _chosen(kind: Literal["auto", "vllm", "hf"], options: EngineOptions) -> RolloutEngine:
-    """Start the engine of a kind, and log which one that is and why."""
+    longest = options.max_model_len
+    positions = num_positions(options.model_dir) or longest
+    options = replace(options, max_model_len=min(longest, positions))
     name, reason = choose_engine(kind, options.model_dir, options.tuning)
     if options.tensor_parallel > 1:
         _check_division(options, name, reason)

@@ -132,12 +132,12 @@ class EngineOptions:
     """
 
     model_dir: Path
-    dtype: Literal["float32", "bfloat16"]
-    max_model_len: int
-    seed: int
-    memory_frac: float | None
-    cache_gib: float
-    stop_token_ids: tuple[int, ...]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: int = 1024
+    seed: int = 0
+    memory_frac: float | None = None
+    cache_gib: float = 0.5
+    stop_token_ids: Sequence[int] = ()
     tuning: TuningSpec | None = None
     push: Literal["merged", "adapter"] = "merged"
     tensor_parallel: int = 1

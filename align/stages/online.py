@@ -120,17 +120,14 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     source = load_init(spec, context)
     chat = chat_format(source.model_dir)
     training, heldout = _load_prompts(spec, context, chat)
+    limit = 0.0 if spec.watch is None else spec.watch.max_contaminated_frac
     checks, notes = contamination_checks(
-        context.recipe,
-        training.examples,
-        heldout.examples,
-        max_frac=0.0 if spec.watch is None else spec.watch.max_contaminated_frac,
+        context.recipe, training.examples, heldout.examples, max_frac=limit
     )
     prompts = fitted(training, spec, chat, context=context, what="prompts")
     # The engine starts before the policy is built: vLLM claims its share of the memory at start.
-    engine = context.resources.enter_context(
-        closing(start_engine(spec, source.model_dir, chat, context=context))
-    )
+    started = start_engine(spec, source.model_dir, chat, context=context)
+    engine = context.resources.enter_context(closing(started))
     module = build_policy(spec, source.model_dir, seed=context.seed)
     # The adapter's first weights are random, so the engine cannot read them from disk.
     if spec.tuning.new_at_start:
@@ -139,8 +136,8 @@ def prepare(spec: OnlineStage, context: StageContext) -> Prepared:
     reference = build_reference(spec, module, source.model_dir)
     rewards = build_rewards(spec.rewards, context, chat.tokenizer, zero=spec.zero)
     if spec.offload_idle:
-        offload_idle({"reference": [] if reference in (None, module) else [reference]})
-        offload_idle({reward.name: models_in(reward) for reward in rewards})
+        own = [] if reference in (None, module) else [reference]
+        offload_idle({"reference": own} | {r.name: models_in(r) for r in rewards})
     probe = Probe(
         spec,
         engine=engine,

@@ -29,7 +29,7 @@ from align.recipe.schema import (
     ZeroSpec,
 )
 from align.sampling.build import build_engine
-from align.sampling.engine import RolloutEngine
+from align.sampling.engine import EngineOptions, RolloutEngine
 from align.sampling.push import (
     Proof,
     check_answers,
@@ -72,20 +72,22 @@ def start_engine(
     is_online = isinstance(spec, OnlineStage)
     return build_engine(
         spec.sampling.engine,
-        model_dir,
-        dtype=spec.dtype,
-        max_model_len=spec.max_length,
-        seed=context.seed,
-        memory_frac=spec.sampling.memory_frac,
-        cache_gib=spec.sampling.cache_gib,
-        stop_token_ids=chat.stop_token_ids,
-        max_num_seqs=spec.sampling.max_num_seqs,
-        cache_dtype=spec.sampling.cache_dtype,
-        held_bytes=held_while_sampling(spec, context) if is_online else None,
-        tuning=spec.tuning if is_online else None,
-        push=spec.sampling.push if is_online else "merged",
-        tensor_parallel=spec.sampling.tensor_parallel,
-        always_pushed=is_online,
+        EngineOptions(
+            model_dir,
+            dtype=spec.dtype,
+            max_model_len=spec.max_length,
+            seed=context.seed,
+            memory_frac=spec.sampling.memory_frac,
+            cache_gib=spec.sampling.cache_gib,
+            stop_token_ids=chat.stop_token_ids,
+            max_num_seqs=spec.sampling.max_num_seqs,
+            cache_dtype=spec.sampling.cache_dtype,
+            held_bytes=held_while_sampling(spec, context) if is_online else None,
+            tuning=spec.tuning if is_online else None,
+            push=spec.sampling.push if is_online else "merged",
+            tensor_parallel=spec.sampling.tensor_parallel,
+            always_pushed=is_online,
+        ),
     )
 
 

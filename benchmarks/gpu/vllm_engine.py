@@ -12,6 +12,7 @@ from align.core import distributed
 from align.models.loading import load_policy
 from align.models.logprobs import LogprobModel
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import push
 from align.tuning.export import full_weights
 from benchmarks.gpu.common import failure, make_run, result
@@ -27,7 +28,10 @@ def free_gib() -> float:
 def start(folder: Any) -> Any:
     """Start vLLM on a model."""
     return build_engine(
-        "vllm", folder, dtype="bfloat16", max_model_len=1024, memory_frac=0.3, stop_token_ids=(0,)
+        "vllm",
+        EngineOptions(
+            folder, dtype="bfloat16", max_model_len=1024, memory_frac=0.3, stop_token_ids=(0,)
+        ),
     )
 
 

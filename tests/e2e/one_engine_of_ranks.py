@@ -10,6 +10,7 @@ from engine_models import tiny_decoder
 
 from align.core import distributed
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import push
 from align.tuning.export import full_weights
 
@@ -30,7 +31,9 @@ def main() -> None:
 
 def asked(family: str, model: Path, ranks: int) -> dict:
     """Return what an engine says with the weights of seed 1, and after a push of those of 2."""
-    engine = build_engine("vllm", model, max_model_len=96, cache_gib=0.02, tensor_parallel=ranks)
+    engine = build_engine(
+        "vllm", EngineOptions(model, max_model_len=96, cache_gib=0.02, tensor_parallel=ranks)
+    )
     prompts = PROMPTS[distributed.rank()]
     result: dict = {"parts": sorted(engine.shares)}
     for seed in (1, 2):

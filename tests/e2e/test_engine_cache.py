@@ -16,7 +16,7 @@ from engine_models import exact_logprobs, save_tiny, tiny_model
 from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
 from align.sampling.build import build_engine
-from align.sampling.engine import RolloutEngine
+from align.sampling.engine import EngineOptions, RolloutEngine
 from align.sampling.push import check_answers, measured_rounding, probe_logprobs
 from align.sampling.push import push as proven_push
 from align.tuning.export import full_weights
@@ -67,7 +67,8 @@ def engine(model_dir: Path, dtype: str) -> Iterator[RolloutEngine]:
     if not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
         pytest.skip("vLLM's CPU attention needs AVX-512 for 8-bit caches")
     built = build_engine(
-        "vllm", model_dir, dtype=dtype, max_model_len=128, cache_gib=0.02, cache_dtype="fp8"
+        "vllm",
+        EngineOptions(model_dir, dtype=dtype, max_model_len=128, cache_gib=0.02, cache_dtype="fp8"),
     )
     yield built
     built.close()
@@ -110,7 +111,7 @@ def test_responses_beyond_the_limit_wait(model_dir: Path):
     answers = []
     for limit in (None, 2):
         built = build_engine(
-            "vllm", model_dir, max_model_len=64, cache_gib=0.02, max_num_seqs=limit
+            "vllm", EngineOptions(model_dir, max_model_len=64, cache_gib=0.02, max_num_seqs=limit)
         )
         running: list[int] = []
         scheduler = built._llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from align.core.errors import DataError, TrainingError
 from align.core.types import PromptRow
 from align.recipe.schema import SamplingSpec
 from align.sampling.build import build_engine
-from align.sampling.engine import RolloutEngine
+from align.sampling.engine import EngineOptions, RolloutEngine
 from align.sampling.push import check_answers
 from align.sampling.push import push as proven_push
 from align.sampling.rollout import sample_groups
@@ -48,7 +48,9 @@ def model_dir(tied: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(model_dir: Path) -> Iterator[dict[str, RolloutEngine]]:
     kinds = ["hf", "vllm"] if importlib.util.find_spec("vllm") else ["hf"]
     built = {
-        kind: build_engine(kind, model_dir, max_model_len=128, cache_gib=0.02, stop_token_ids=(1,))
+        kind: build_engine(
+            kind, EngineOptions(model_dir, max_model_len=128, cache_gib=0.02, stop_token_ids=(1,))
+        )
         for kind in kinds
     }
     yield built
@@ -246,7 +248,9 @@ def test_vllm_in_bfloat16_follows_a_push(model_dir, tied):
     # Its bfloat16 weights are packed for other CPU kernels than its float32 weights.
     new = tiny_model(1, tied=tied)
     rounded = tiny_model(1, tied=tied).bfloat16().float()
-    engine = build_engine("vllm", model_dir, dtype="bfloat16", max_model_len=128, cache_gib=0.02)
+    engine = build_engine(
+        "vllm", EngineOptions(model_dir, dtype="bfloat16", max_model_len=128, cache_gib=0.02)
+    )
     push(engine, new, version=1)
     wanted = exact_logprobs(rounded, LONG_PROMPT[:1], LONG_PROMPT[1:])
     found = engine.token_logprobs(LONG_PROMPT)
@@ -259,7 +263,7 @@ def test_vllm_in_bfloat16_follows_a_push(model_dir, tied):
 @pytest.mark.parametrize("kind", KINDS)
 def test_engine_is_never_longer_than_the_model(model_dir, kind, caplog):
     with caplog.at_level(logging.INFO, logger="align"):
-        engine = build_engine(kind, model_dir, max_model_len=4096, cache_gib=0.02)
+        engine = build_engine(kind, EngineOptions(model_dir, max_model_len=4096, cache_gib=0.02))
     assert engine.options.max_model_len == 256
     assert "up to 256 tokens" in caplog.text
     engine.close()
@@ -269,7 +273,7 @@ def test_engine_is_never_longer_than_the_model(model_dir, kind, caplog):
 def test_vllm_start_leaves_random_state_and_threads_alone(model_dir):
     torch.manual_seed(11)
     state, set_num_threads = torch.get_rng_state(), torch.set_num_threads
-    engine = build_engine("vllm", model_dir, max_model_len=64, cache_gib=0.02)
+    engine = build_engine("vllm", EngineOptions(model_dir, max_model_len=64, cache_gib=0.02))
     engine.close()
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.set_num_threads is set_num_threads
@@ -283,17 +287,21 @@ def test_engines_agree_on_a_real_model(real_data, caplog):
     for kind in ("vllm", "hf"):
         engine = build_engine(
             kind,
-            real_data / "models" / "stories260K-hd32",
-            max_model_len=128,
-            cache_gib=0.05,
-            stop_token_ids=(2,),
+            EngineOptions(
+                real_data / "models" / "stories260K-hd32",
+                max_model_len=128,
+                cache_gib=0.05,
+                stop_token_ids=(2,),
+            ),
         )
         groups = engine.generate(prompts, n=1, max_new_tokens=40, temperature=0.0)
         answers.append([group[0].token_ids for group in groups])
         engine.close()
     assert answers[0] == answers[1]
     with caplog.at_level(logging.INFO, logger="align"):
-        twin = build_engine("auto", real_data / "models" / "stories260K", max_model_len=128)
+        twin = build_engine(
+            "auto", EngineOptions(real_data / "models" / "stories260K", max_model_len=128)
+        )
     assert twin.name == "hf"
     assert "head size 8" in caplog.text
 

@@ -17,7 +17,7 @@ from align.core.errors import TrainingError
 from align.models.logprobs import LogprobModel
 from align.recipe.schema.tuning import METHODS
 from align.sampling.build import build_engine
-from align.sampling.engine import RolloutEngine
+from align.sampling.engine import EngineOptions, RolloutEngine
 from align.sampling.push import (
     check_answers,
     measured_rounding,
@@ -42,7 +42,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model_dir: Path) -> Iterator[RolloutEngine]:
-    built = build_engine("vllm", model_dir, max_model_len=64, cache_gib=0.02)
+    built = build_engine("vllm", EngineOptions(model_dir, max_model_len=64, cache_gib=0.02))
     yield built
     built.close()
 
@@ -68,7 +68,8 @@ def test_vllm_gives_the_greedy_tokens_of_the_adapted_model(engine, model_dir, me
 def test_vllm_serves_each_pushed_adapter_beside_the_weights(model_dir, method):
     tuning = tuning_spec(method)
     built = build_engine(
-        "vllm", model_dir, max_model_len=64, cache_gib=0.02, tuning=tuning, push="adapter"
+        "vllm",
+        EngineOptions(model_dir, max_model_len=64, cache_gib=0.02, tuning=tuning, push="adapter"),
     )
     model = load_for_training(model_dir, tuning, dtype="float32").eval()
     assert_answers_of(model, built)  # before any push: the weights of model_dir

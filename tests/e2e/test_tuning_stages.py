@@ -24,6 +24,7 @@ from align.core.errors import ArtifactError, PreflightError
 from align.models.logprobs import LogprobModel
 from align.recipe.schema.tuning import METHODS as CLASSES
 from align.sampling.build import build_engine, choose_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import pushed_weights
 from align.stages.tools.chat import Chat
 from align.tuning.export import full_precision_weights
@@ -103,7 +104,7 @@ def test_saved_policy_is_base_with_adapter(folder, method):
 @pytest.mark.parametrize("method", ADAPTED)
 def test_engine_gives_the_greedy_tokens_of_transformers(folder, method):
     found = artifact(folder, "sft", method)
-    engine = build_engine("hf", found.model_dir, max_model_len=64)
+    engine = build_engine("hf", EngineOptions(found.model_dir, max_model_len=64))
     model = by_peft(folder, found)
     for prompt in (IDS[:4], IDS[2:8]):
         (answer,) = engine.generate([prompt], n=1, max_new_tokens=10, temperature=0.0)[0]
@@ -259,7 +260,10 @@ def test_chat_answers_as_the_engine_does(folder, method):
     answer = chat.answer("2 plus 2", said)
     prompt = chat.format.prompt_ids([{"role": "user", "content": "2 plus 2"}])
     engine = build_engine(
-        "hf", found.model_dir, max_model_len=128, stop_token_ids=chat.format.stop_token_ids
+        "hf",
+        EngineOptions(
+            found.model_dir, max_model_len=128, stop_token_ids=chat.format.stop_token_ids
+        ),
     )
     ((expected,),) = engine.generate([prompt], n=1, max_new_tokens=6, temperature=0.0)
     assert answer == expected.text.strip()
@@ -331,7 +335,7 @@ def test_qlora_samples_from_the_policy_that_it_trains(folder):
     row, positions = torch.tensor([IDS]), torch.arange(len(IDS)).unsqueeze(0)
     with torch.no_grad():
         trained = LogprobModel(model)(row, positions).logprobs[0, 1:].tolist()
-    engine = build_engine("hf", folder / "base" / "model", max_model_len=64)
+    engine = build_engine("hf", EngineOptions(folder / "base" / "model", max_model_len=64))
     engine.load_weights(pushed_weights(model), version=1)
     assert engine.token_logprobs(IDS) == pytest.approx(trained, abs=1e-4)
     # What is saved is the update beside the full-precision weights: another policy.

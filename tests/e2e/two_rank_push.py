@@ -13,6 +13,7 @@ from engine_models import tiny_model
 
 from align.core import distributed
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import check_answers, push
 from align.tuning.export import full_weights
 
@@ -27,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     distributed.init_process_group()
     rank = torch.distributed.get_rank()
-    engine = build_engine("vllm", args.model, max_model_len=64, cache_gib=0.02)
+    engine = build_engine("vllm", EngineOptions(args.model, max_model_len=64, cache_gib=0.02))
     result: dict = {str(stage): push_after_training(engine, stage, rank) for stage in (2, 3)}
     engine.close()
     # The trainer's process group outlives the engine.

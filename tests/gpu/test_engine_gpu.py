@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 from engine_models import exact_logprobs, save_tiny, tiny_model
 
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.push import check_answers, push
 from align.tuning.export import full_weights
 
@@ -22,7 +23,10 @@ def test_vllm_on_gpu_sleeps_wakes_and_follows_each_push(tmp_path, tied):
     pytest.importorskip("vllm")
     directory = save_tiny(tiny_model(0, tied=tied), tmp_path)
     engine = build_engine(
-        "vllm", directory, dtype="bfloat16", max_model_len=128, memory_frac=0.1, stop_token_ids=(1,)
+        "vllm",
+        EngineOptions(
+            directory, dtype="bfloat16", max_model_len=128, memory_frac=0.1, stop_token_ids=(1,)
+        ),
     )
     asleep, total = torch.cuda.mem_get_info()
     for version in (1, 2):

@@ -44,6 +44,7 @@ from align.recipe.load import load_resolved
 from align.recipe.rules import idle_options
 from align.recipe.schema import GrpoStage
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.rollout import Experience, gather_experience
 from align.stages.rollouts import Push
 from reward_models import build_reward
@@ -247,7 +248,7 @@ def test_ppo_bootstraps_what_was_cut_with_the_critics_own_value(model_dir) -> No
 def online_run(model_dir: Path, spec: Any, reward: dict[str, Any]) -> Any:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
-    engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
+    engine = build_engine("hf", EngineOptions(model_dir, max_model_len=32, stop_token_ids=STOP))
     policy = policy_of(model_dir)
     return run_of(
         spec,

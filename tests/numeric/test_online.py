@@ -38,6 +38,7 @@ from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate, plan_by_prompt
 from align.online.loop import mini_batches, sample, score, update
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.rollout import Experience
 from reward_models import build_reward
 
@@ -325,7 +326,7 @@ def live(experience: Experience, group_size: int) -> list[bool]:
 def test_dynamic_sampling_fills_the_step_with_live_groups(model_dir, rules) -> None:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=3)), "", {}) for _ in range(40)]
-    engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
+    engine = build_engine("hf", EngineOptions(model_dir, max_model_len=32, stop_token_ids=STOP))
     rewards = [build_reward({"kind": "regex", "pattern": "w[1-3]"})]
     changed = {"prompts_per_step": 8, "group_size": 3, "max_draws": 12, **rules}
     found = {}

@@ -44,6 +44,7 @@ from align.online.scoring import Scores
 from align.online.summary import summarize
 from align.recipe.schema.tuning import TuningSpec
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.stages.online import build_run
 from align.stages.rollouts import Push
 from align.training.learner import learning_rate
@@ -57,7 +58,7 @@ def first_step(
 ) -> dict[str, float]:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
-    engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
+    engine = build_engine("hf", EngineOptions(model_dir, max_model_len=32, stop_token_ids=STOP))
     policy = policy_of(model_dir, tuning)
     run = run_of(
         spec,

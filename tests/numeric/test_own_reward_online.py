@@ -15,6 +15,7 @@ from online_parts import grpo_spec, policy_of, run_of, weights
 from align.core.types import PromptRow
 from align.online.loop import online_step
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from reward_models import build_reward
 
 TRL_FUNCTION = """
@@ -37,7 +38,7 @@ def test_a_trl_reward_function_trains_unchanged(tmp_path: Path) -> None:
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=3)), "", {}) for _ in range(8)]
     policy = policy_of(folder)
     before = weights(policy)
-    engine = build_engine("hf", folder, max_model_len=32, stop_token_ids=(1, 2, 3))
+    engine = build_engine("hf", EngineOptions(folder, max_model_len=32, stop_token_ids=(1, 2, 3)))
     run = run_of(
         grpo_spec(group_size=4, kl={"coef": 0.0}),
         policy,

@@ -23,6 +23,7 @@ from align.core.types import PromptRow
 from align.losses.kl import AdaptiveKL
 from align.online.loop import OnlineRun, train_online
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.stages.rollouts import Push
 from align.training.learner import Learner
 from reward_models import build_reward
@@ -49,7 +50,7 @@ class Killed(BaseException):
 def new_run(model_dir: Path, name: str) -> OnlineRun:
     draw = random.Random(1)
     prompts = [PromptRow(tuple(draw.choices(range(2, VOCAB), k=k)), "", {}) for k in (3, 5, 2, 7)]
-    engine = build_engine("hf", model_dir, max_model_len=32, stop_token_ids=STOP)
+    engine = build_engine("hf", EngineOptions(model_dir, max_model_len=32, stop_token_ids=STOP))
     spec, policy = SPECS[name], policy_of(model_dir)
     parts: dict[str, Any] = {}
     if name == "ppo":

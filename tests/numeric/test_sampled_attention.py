@@ -14,6 +14,7 @@ from engine_models import save_tiny
 
 from align.recipe.schema import TrlStage
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.stages.tools.chat import Chat
 from align.stages.trl.trainers import load_model
 from reward_models.scalar import RewardModel
@@ -36,7 +37,9 @@ def exact(model: Any, ids: list[int]) -> torch.Tensor:
 def test_hf_engine_samples_from_the_eager_model(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind, torch.float32, own=True, **MODELS[kind])
     folder = save_tiny(model, tmp_path)
-    engine = build_engine("hf", folder, max_model_len=64, cache_gib=0.02, stop_token_ids=(1,))
+    engine = build_engine(
+        "hf", EngineOptions(folder, max_model_len=64, cache_gib=0.02, stop_token_ids=(1,))
+    )
     groups = engine.generate(PROMPTS, n=2, max_new_tokens=6, temperature=1.0, seeds=[3, 4])
     for prompt, answers in zip(PROMPTS, groups, strict=True):
         scored = torch.tensor(engine.token_logprobs(prompt))

@@ -9,6 +9,7 @@ import torch
 from align.core.errors import TrainingError
 from align.sampling import build
 from align.sampling.build import build_engine, choose_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.hf import sample
 
 needs_vllm = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def test_auto_names_the_head_size_that_vllm_refuses(tmp_path):
     assert name == "hf"
     assert "head size 8" in reason
     with pytest.raises(TrainingError, match=r"head size 8 .*engine: hf"):
-        build_engine("vllm", tmp_path)
+        build_engine("vllm", EngineOptions(tmp_path))
 
 
 @pytest.mark.parametrize("head_size", [32, 80, 128])

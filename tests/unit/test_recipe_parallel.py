@@ -103,7 +103,7 @@ def test_an_engine_that_cannot_be_divided_is_not_started(tmp_path, monkeypatch):
     config = {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 128}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(TrainingError, match="needs vLLM, and the engine would be hf"):
-        build.build_engine("hf", tmp_path, tensor_parallel=2)
+        build.build_engine("hf", build.EngineOptions(tmp_path, tensor_parallel=2))
     monkeypatch.setattr(build, "vllm_obstacle", lambda _: None)
     with pytest.raises(TrainingError, match="1 key-value heads cannot be divided among 2 ranks"):
-        build.build_engine("auto", tmp_path, tensor_parallel=2)
+        build.build_engine("auto", build.EngineOptions(tmp_path, tensor_parallel=2))

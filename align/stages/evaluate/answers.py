@@ -95,12 +95,7 @@ def sample_all(
         with engine.awake():
             if held is not artifact:
                 push(engine, saved_weights(artifact.model_dir), version=version)
-                # Prove that the engine computes with the new weights before anything is sampled.
-                probe = probe_of(next(iter(rows.values()))[0].input_ids)
-                logprobs, rounding = trainer_logprobs(
-                    artifact, probe, spec, cache_dtype=engine.cache_dtype
-                )
-                check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
+                _prove(engine, artifact, next(iter(rows.values()))[0].input_ids, spec=spec)
             for i, task in enumerate(spec.all_tasks):
                 num = len(rows[task.name]) * task.samples
                 log.info("%s: sampling %s responses of %s", task.name, f"{num:,}", name)
@@ -110,6 +105,16 @@ def sample_all(
         log.info("%s: %d responses sampled", name, num)
     engines.close()
     return answers, "+".join(dict.fromkeys(names))
+
+
+def _prove(
+    engine: RolloutEngine, artifact: Artifact, prompt: Sequence[int], *, spec: EvaluateStage
+) -> None:
+    """Raise if the engine does not compute with the weights of a model that were pushed to it."""
+    probe = probe_of(prompt)
+    cache_dtype = engine.cache_dtype
+    logprobs, rounding = trainer_logprobs(artifact, probe, spec, cache_dtype=cache_dtype)
+    check_answers(engine, probe, logprobs=logprobs, rounding=rounding)
 
 
 def _ask(

@@ -15,6 +15,7 @@ from align.data.render.chat import ChatFormat
 from align.preflight.checks import spread
 from align.recipe.schema import RewardStage
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.sampling.rollout import sample_groups
 from align.stages.base import StageContext
 
@@ -52,16 +53,18 @@ def sampled_rows(
     prompts = _distinct_prompts(spec, context, chat)
     engine = build_engine(
         spec.norm_sampling.engine,
-        model_dir,
-        dtype=spec.dtype,
-        max_model_len=spec.max_length,
-        seed=context.seed,
-        memory_frac=spec.norm_sampling.memory_frac,
-        cache_gib=spec.norm_sampling.cache_gib,
-        tensor_parallel=spec.norm_sampling.tensor_parallel,
-        max_num_seqs=spec.norm_sampling.max_num_seqs,
-        cache_dtype=spec.norm_sampling.cache_dtype,
-        stop_token_ids=chat.stop_token_ids,
+        EngineOptions(
+            model_dir,
+            dtype=spec.dtype,
+            max_model_len=spec.max_length,
+            seed=context.seed,
+            memory_frac=spec.norm_sampling.memory_frac,
+            cache_gib=spec.norm_sampling.cache_gib,
+            tensor_parallel=spec.norm_sampling.tensor_parallel,
+            max_num_seqs=spec.norm_sampling.max_num_seqs,
+            cache_dtype=spec.norm_sampling.cache_dtype,
+            stop_token_ids=chat.stop_token_ids,
+        ),
     )
     with closing(engine), engine.awake():
         groups = sample_groups(

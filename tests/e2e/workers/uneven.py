@@ -30,6 +30,7 @@ from align.online.annotate import annotate
 from align.online.loop import OnlineRun, sample, score, update
 from align.recipe.schema import DpoStage, GrpoStage, KtoStage, RewardStage
 from align.sampling.build import build_engine
+from align.sampling.engine import EngineOptions
 from align.stages import dpo, kto
 from align.stages.reward.tasks import WeightedPair, collate_pairs, pair_loss
 from align.stages.sft import collate, length_of, sft_loss
@@ -159,7 +160,7 @@ def dynamic(stage: int, out: Path) -> Found:
         seed=5,
         prompts=[PromptRow(tuple(numbers(800 + i, 2 + i % 5)), "", {}) for i in range(40)],
         rewards=[build_reward({"kind": "regex", "pattern": "w15"})],
-        engine=build_engine("hf", folder, max_model_len=64, stop_token_ids=stop),
+        engine=build_engine("hf", EngineOptions(folder, max_model_len=64, stop_token_ids=stop)),
         stop_token_ids=stop,
         push=None,
         policy=policy,
