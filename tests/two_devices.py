@@ -33,18 +33,31 @@ class _Notes:
 
     def __init__(self) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
+        self._emptied: dict[int, torch.UntypedStorage] = {}
 
     def device(self, x: Tensor) -> torch.device:
         """Return where a tensor is; one without data is where it says."""
         if x.is_meta:
             return x.device
-        return GPU if x.untyped_storage().data_ptr() in self._storages else CPU
+        storage = x.untyped_storage()
+        is_there = storage.data_ptr() in self._storages or storage._cdata in self._emptied
+        return GPU if is_there else CPU
 
     def put(self, x: Tensor) -> None:
         """Note a tensor as on the GPU; an empty one has no address and is on any device."""
         storage = x.untyped_storage()
         if storage.data_ptr():
             self._storages[storage.data_ptr()] = storage
+
+    def resize(self, storage: torch.UntypedStorage, size: int, resize: Callable[..., Any]) -> None:
+        """Resize a storage, which stays on its device; an empty one is noted without an address."""
+        was_there = self._storages.pop(storage.data_ptr(), None) is not None
+        was_there |= self._emptied.pop(storage._cdata, None) is not None
+        resize(storage, size)
+        if was_there and size:
+            self._storages[storage.data_ptr()] = storage
+        elif was_there:
+            self._emptied[storage._cdata] = storage
 
     def copied(self, x: Tensor, where: torch.device) -> Tensor:
         """Return a copy on a device."""
@@ -70,9 +83,11 @@ class _Operations(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.numel()]
+        if any(not x.is_meta and not x.untyped_storage().nbytes() for x in given):
+            raise WrongDevice(f"{name}: the memory of a tensor was given back")
+        out = func(*args, **(kwargs or {}))
         # A number may come from the CPU.
         found = {self._notes.device(x) for x in given if x.dim()}
         found |= {GPU for x in given if self._notes.device(x) == GPU}
@@ -175,4 +190,8 @@ def two_devices() -> Iterator[None]:
     notes = _Notes()
     with pytest.MonkeyPatch.context() as patch, _Requests(notes), _Operations(notes):
         patch.setattr(distributed, "device", lambda: GPU)
+        resize = torch.UntypedStorage.resize_
+        patch.setattr(
+            torch.UntypedStorage, "resize_", lambda storage, n: notes.resize(storage, n, resize)
+        )
         yield

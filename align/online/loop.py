@@ -5,7 +5,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -80,6 +80,16 @@ class OnlineRun:
         """DeepSpeed engines in a checkpoint, by name."""
         found = {"policy": self.policy.engine}
         return found if self.critic is None else {**found, "critic": self.critic.engine}
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the rollout engine use the accelerator's memory inside the block."""
+        with ExitStack() as stack:
+            for learner in (self.policy, self.critic):
+                if learner is not None and self.spec.offload_idle:
+                    stack.enter_context(learner.optimizer_on_cpu())
+            stack.enter_context(self.engine.awake())
+            yield
 
 
 @stops_between_steps
@@ -162,7 +172,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
     """Run one online step and return its metrics and its first sample."""
     timer, kl_coef = Timer(), run.kl.coef
     with timer("step"):
-        with run.engine.awake():  # the sampler owns the accelerator's memory in this block
+        with run.awake():
             # The version is the step, so a completion names the weights that sampled it.
             with timer("push"):
                 run.push(step)

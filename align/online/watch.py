@@ -7,6 +7,7 @@ are pushed under a separate version, so that the next step starts as it would wi
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,6 +38,7 @@ class Watch:
     Attributes:
         prompts: all held-out prompts; each rank responses its part.
         rewards: rewards of the training. gold: rewards that training never sees.
+        awake: lets the engine use the accelerator's memory.
         push: pushes the policy's current weights into the engine under a version number.
         reference: as in the online run, but never None.
         save: saves the policy's current weights under a step.
@@ -50,6 +52,7 @@ class Watch:
     rewards: Sequence[RewardFunction]
     gold: Sequence[RewardFunction]
     engine: RolloutEngine
+    awake: Callable[[], AbstractContextManager[None]]
     stop_token_ids: tuple[int, ...]
     push: Callable[[int], None]
     policy: Learner
@@ -68,7 +71,7 @@ class Watch:
     def look(self, step: int) -> dict[str, float]:
         """Evaluate the policy after ``step`` steps and return its metrics and the seconds spent."""
         began = time.monotonic()
-        with self.engine.awake():
+        with self.awake():
             # A version that training never uses: the next step pushes again, which also clears the
             # engine's cache of these prompts. -1 is an engine without weights.
             self.push(-2 - step)

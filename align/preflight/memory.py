@@ -221,6 +221,25 @@ def idle_models(spec: TrainingStage, others: Mapping[str, float]) -> list[str]:
     return [name for name in others if name != "critic"]
 
 
+def idle_states(
+    spec: TrainingStage, size: ModelSize, states: Mapping[str, float], *, ranks: int
+) -> float:
+    """Return the optimizer states, also of a critic, that are in CPU memory while it samples.
+
+    Args:
+        spec: the stage. size: of its policy, and of its critic.
+        states: of the policy, as ``state_bytes`` returns them. ranks: number of ranks.
+    """
+    if not isinstance(spec, OnlineStage) or not spec.offload_idle:
+        return 0.0
+    if spec.critic is None:
+        return states["optimizer"]
+    critic = state_bytes(
+        spec.zero, dtype=spec.dtype, total=size.total, trained=size.total, ranks=ranks
+    )
+    return states["optimizer"] + critic["optimizer"]
+
+
 def engine_bytes(
     spec: TrainingStage, size: ModelSize, *, device: str, memory: float, held: float
 ) -> float:
@@ -264,7 +283,8 @@ def sampling_bytes(
     others = other_models(spec, size, rewards=rewards, ranks=ranks, device=device)
     others = {name: n for name, n in others.items() if name not in idle_models(spec, others)}
     held = sum(step.get(name, 0.0) for name in (*RESTING, "gathered weights"))
-    return held + sum(others.values()) + 2 * size.largest * 4
+    held += sum(others.values()) + 2 * size.largest * 4
+    return held - idle_states(spec, size, step, ranks=ranks)
 
 
 @dataclass(frozen=True, slots=True)

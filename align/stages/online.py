@@ -84,6 +84,7 @@ def _build_watch(
         rewards=run.rewards,
         gold=gold,
         engine=run.engine,
+        awake=run.awake,
         stop_token_ids=run.stop_token_ids,
         push=run.push,
         policy=run.policy,
@@ -228,6 +229,8 @@ def offload_idle(models: Mapping[str, Sequence[nn.Module]]) -> None:
 def build_run(spec: OnlineStage, context: StageContext, parts: Parts) -> OnlineRun:
     """Return the online loop's parts: policy and critic under their learners, and the KL."""
     algorithm = build_algorithm(spec)
+    if spec.offload_idle and distributed.device().type != "cpu":
+        log.info("offload_idle: optimizer states are in CPU memory while responses are sampled")
     updates = spec.minibatches * spec.update_epochs  # of one step
     # The policy's schedule excludes the warm-up steps that train only the critic.
     policy_steps = max(1, spec.steps - algorithm.critic_warmup_steps)

@@ -8,8 +8,8 @@ multiplies the loss by the world size once. Nothing else is scaled.
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, TypeVar, cast
 
 import deepspeed
@@ -22,6 +22,7 @@ from align.core.errors import TrainingError
 from align.models.sharding import hand_over
 from align.recipe.schema import LayersSpec, OptimSpec, ZeroSpec
 from align.training.deepspeed import deepspeed_config, effective_stage, with_cpu_adam
+from align.training.idle_states import Parking, optimizer_tensors
 from align.training.layers import LayerPlan, plan_layers, set_trainable
 from align.training.probe import WeightProbe
 from align.tuning.ewc import Anchor
@@ -122,7 +123,7 @@ class Learner:
         self._probe = WeightProbe(moving, sharded=self._zero_stage == 3)
         # Without ZeRO, DeepSpeed clips fp32 gradients but does not report their norm.
         self.engine.clip_fp32_gradients = self._clip
-        self._norm = 0.0
+        self._norm, self._parking = 0.0, Parking()
 
     @property
     def module(self) -> Any:
@@ -237,6 +238,16 @@ class Learner:
                 f"optimizer step {self.steps + 1}: the gradient norm is {norm}, expected a finite "
                 "number; this step was not saved. Lower the learning rate"
             )
+
+    @contextmanager
+    def optimizer_on_cpu(self) -> Iterator[None]:
+        """Keep the optimizer's states in CPU memory inside the block, in which no step is taken.
+
+        With ``zero.offload: cpu`` they are there already.
+        """
+        there = optimizer_tensors(self._optimizer, self.module)
+        with self._parking.parked(x for x in there if x.device.type != "cpu"):
+            yield
 
     def infer(self, micro_batches: Iterable[Micro], fn: Callable[[nn.Module, Micro], Any]) -> list:
         """Apply ``fn(model, micro-batch)`` without gradient, dropout off; results in order."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import architectures
 import curves
 from architectures import IDS, POSITIONS
 from curves import VOCAB, alone, policy_of, save_tiny, sft_curve, tiny_model
-from online_parts import LORA
+from online_parts import LORA, ppo_spec, run_of
 
 from align.core import distributed
 from align.core.types import Completion, PromptRow
@@ -135,6 +136,83 @@ def test_a_reference_in_cpu_memory_changes_no_bit(
         found = curves.CURVES[name](model_dir)
         assert {p.device for p in made[0].parameters()} == {torch.device("cpu")}
     assert found == expected
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_optimizer_states_in_cpu_memory_between_steps_change_no_bit(
+    model_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    step = learner.Learner.step
+
+    def parked(self: Any, *args: Any) -> Any:
+        with self.optimizer_on_cpu():
+            moments = [x for s in self._optimizer.state.values() for x in s.values() if x.dim()]
+            seen.append(sum(x.untyped_storage().nbytes() for x in moments))
+            if moments:
+                assert {x.device for x in moments} == {GPU}
+                with pytest.raises(WrongDevice, match="given back"):
+                    moments[0].add(1)
+        return step(self, *args)
+
+    with two_devices():
+        expected = curves.CURVES[name](model_dir)
+        monkeypatch.setattr(learner.Learner, "step", parked)
+        found = curves.CURVES[name](model_dir)
+    assert found == expected
+    assert len(seen) >= 2
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_states_are_away_exactly_while_the_engine_is_awake(model_dir: Path, idle: bool) -> None:
+    seen: list[list[bool]] = []
+
+    class Engine:
+        @contextmanager
+        def awake(self) -> Iterator[None]:
+            look()
+            yield
+            look()
+
+    def look() -> None:
+        """Note for policy and critic whether their moments have memory."""
+        seen.append(
+            [
+                all(x.untyped_storage().nbytes() for s in states(made) for x in s.values())
+                for made in (policy, critic)
+            ]
+        )
+
+    def states(made: Any) -> list[dict[str, Tensor]]:
+        found = list(made._optimizer.state.values())
+        assert found
+        return found
+
+    with two_devices():
+        policy, critic = policy_of(model_dir), curves.critic_of(model_dir)
+        for made in (policy, critic):
+            sum(p.sum() for p in made.module.parameters()).backward()
+            made._optimizer.step()
+        run = run_of(ppo_spec(offload_idle=idle), policy, critic=critic, engine=Engine())
+        look()
+        with run.awake():
+            look()
+        look()
+    here, away = [True, True], [not idle, not idle]
+    assert seen == [here, away, away, away, here]
+
+
+def test_optimizer_states_of_the_cpu_stay(model_dir: Path) -> None:
+    made = policy_of(model_dir)
+    optimizer = torch.optim.AdamW(made.module.parameters())
+    made._optimizer = optimizer
+    sum(p.sum() for p in made.module.parameters()).backward()
+    optimizer.step()
+    with made.optimizer_on_cpu():
+        assert all(
+            x.untyped_storage().nbytes() for s in optimizer.state.values() for x in s.values()
+        )
 
 
 def test_an_idle_model_is_on_the_gpu_only_while_it_is_used(model_dir: Path) -> None:

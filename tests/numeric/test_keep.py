@@ -176,6 +176,7 @@ def test_every_checkpoint_on_disk_has_its_best_weights(kind: str, keep: int) -> 
                 "rewards",
                 "gold",
                 "engine",
+                "awake",
                 "stop_token_ids",
                 "push",
                 "policy",

@@ -142,7 +142,8 @@ class OnlineStage(TrainingStage):
     """Held-out evaluation during training, and the guard against over-optimization."""
     offload_idle: Annotated[bool, Aside()] = False
     """On a GPU, keep the reference policy and the reward models in CPU memory while they are not
-    used. Copying them takes time in each step."""
+    used, and the optimizer states while responses are sampled. Copying them takes time in each
+    step."""
     if TYPE_CHECKING:  # Each stage has its own defaults, or a fixed value.
         kind: Literal["ppo", "grpo"]
         kl: KlSpec

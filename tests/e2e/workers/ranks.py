@@ -4,6 +4,7 @@ The answers of a step are the same however many ranks there are; two ranks share
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,7 @@ from align.sampling.rollout import Experience, gather_experience
 from align.stages.offline import log_likelihood
 from align.stages.saving import save_trained_policy
 from align.stages.sft import collate, length_of, sft_loss
+from align.training.idle_states import Parking, optimizer_tensors
 from align.training.learner import Learner
 from align.training.task import OfflineTask, micro_batches
 from align.tuning.ewc import Anchor, anchor_at, fisher_diagonal, scaled
@@ -125,6 +127,37 @@ def sft_batch(step: int) -> list[TokenRow]:
 def sft_steps(learner: Learner, steps: range, batch_of: Callable = sft_batch) -> list[dict]:
     task = OfflineTask([], [], length_of, collate, sft_loss)
     return [learner.step(micro_batches(task, batch_of(s), 40), sft_loss) for s in steps]
+
+
+def tensor_bytes_alive() -> int:
+    """Return the bytes of all storages of tensors in this process, each once."""
+    while gc.collect():
+        pass
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())
+
+
+def idle(stage: int, out: Path, *, dtype: str = "float32", tuning: TuningSpec = FULL) -> Found:
+    """Train with optimizer states whose memory is given back before each step."""
+    learner = learner_of(policy_model(dtype, tuning), stage, dtype)
+    states = partial(optimizer_tensors, learner._optimizer, learner.module)
+    parking, stats, freed, filled = Parking(), [], [], []
+    for step in range(STEPS):
+        before = tensor_bytes_alive()
+        with parking.parked(states()):
+            freed.append(before - tensor_bytes_alive())
+            weights_of(learner.module.model)  # what a push reads
+            inside = tensor_bytes_alive()
+        filled.append(tensor_bytes_alive() - inside)
+        stats += sft_steps(learner, range(step, step + 1))
+    return {
+        "weights": weights_of(learner.module.model),
+        "stats": stats,
+        "freed": freed,
+        "filled": filled,
+        "trained": learner.num_trained,
+    }
 
 
 def sft(
@@ -320,6 +353,9 @@ SCENARIOS: dict[str, tuple[Callable[[int, Path], Found], tuple[int, ...]]] = {
     "sft": (sft, (0, 1, 2, 3)),
     "sft_lora": (partial(sft, tuning=LORA), (0, 2, 3)),
     "sft_bf16": (partial(sft, dtype="bfloat16"), (0, 1, 2, 3)),
+    "idle": (idle, (0, 1, 2, 3)),
+    "idle_lora": (partial(idle, tuning=LORA), (0, 2, 3)),
+    "idle_bf16": (partial(idle, dtype="bfloat16"), (0, 1, 2, 3)),
     "layers": (partial(sft, layers=LAYERS), (0, 1, 2, 3)),
     "layers_lora": (partial(sft, tuning=LORA, layers=LAYERS), (0, 2, 3)),
     "layers_bf16": (partial(sft, dtype="bfloat16", layers=LAYERS), (0, 2, 3)),
