@@ -154,23 +154,18 @@ def _state(run: OnlineRun, diagnosis: Diagnosis, watch: Watch | None) -> dict[st
     return state
 
 
-class Timer:
-    """Seconds of the phases of a step, by the names of their metrics."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Measure the block as ``time/<phase>_s``."""
-        began = time.monotonic()
-        yield
-        self.seconds[f"time/{phase}_s"] = time.monotonic() - began
+@contextmanager
+def measured(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the duration of the block to ``seconds`` as the metric ``time/<phase>_s``."""
+    began = time.monotonic()
+    yield
+    seconds[f"time/{phase}_s"] = time.monotonic() - began
 
 
 def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Run one online step and return its metrics and its first sample."""
-    timer, kl_coef = Timer(), run.kl.coef
+    seconds, kl_coef = {}, run.kl.coef
+    timer = partial(measured, seconds)
     with timer("step"):
         with run.awake():
             # The version is the step, so a completion names the weights that sampled it.
@@ -195,7 +190,7 @@ def online_step(run: OnlineRun, step: int) -> tuple[dict[str, float], dict[str, 
     found = summarize(experience, scores, run.spec) | disagreement(run.rewards) | stats
     if "kl/reference_per_answer" in found:
         run.kl.update(found["kl/reference_per_answer"], int(found["answers/num"]))
-    found |= {**timer.seconds, **samples.counts}
+    found |= {**seconds, **samples.counts}
     found |= {"kl/coef": kl_coef, "tokens/per_s": found["tokens/sampled"] / found["time/step_s"]}
     # The first sample of the batch, whatever its score: a chosen one would flatter the run.
     first = {
