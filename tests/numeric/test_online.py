@@ -36,7 +36,8 @@ from align.core.errors import TrainingError
 from align.core.types import PromptRow
 from align.online.algorithms import build_algorithm
 from align.online.annotate import annotate, plan_by_prompt
-from align.online.loop import mini_batches, sample, score, update
+from align.online.loop import sample, score, update
+from align.online.minibatches import mini_batches
 from align.sampling.build import build_engine
 from align.sampling.engine import EngineOptions
 from align.sampling.rollout import Experience
