@@ -129,13 +129,10 @@ def sft_steps(learner: Learner, steps: range, batch_of: Callable = sft_batch) ->
     return [learner.step(micro_batches(task, batch_of(s), 40), sft_loss) for s in steps]
 
 
-def tensor_bytes_alive() -> int:
-    """Return the bytes of all storages of tensors in this process, each once."""
-    while gc.collect():
-        pass
+def storages_alive() -> list[torch.UntypedStorage]:
+    """Return all storages of tensors in this process, each once; the list keeps them alive."""
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not x.is_meta]
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
+    return list({x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}.values())
 
 
 def idle(stage: int, out: Path, *, dtype: str = "float32", tuning: TuningSpec = FULL) -> Found:
@@ -144,12 +141,13 @@ def idle(stage: int, out: Path, *, dtype: str = "float32", tuning: TuningSpec = 
     states = partial(optimizer_tensors, learner._optimizer, learner.module)
     parking, stats, freed, filled = Parking(), [], [], []
     for step in range(STEPS):
-        before = tensor_bytes_alive()
+        alive = storages_alive()
+        before = sum(x.nbytes() for x in alive)
         with parking.parked(states()):
-            freed.append(before - tensor_bytes_alive())
+            inside = sum(x.nbytes() for x in alive)
             weights_of(learner.module.model)  # what a push reads
-            inside = tensor_bytes_alive()
-        filled.append(tensor_bytes_alive() - inside)
+        freed.append(before - inside)
+        filled.append(before == sum(x.nbytes() for x in alive))
         stats += sft_steps(learner, range(step, step + 1))
     return {
         "weights": weights_of(learner.module.model),
