@@ -136,11 +136,12 @@ def test_turn_that_is_not_trained_has_weight_0(key: str, value: object) -> None:
         ({**A, "reasoning": "a", "thinking": "b"}, "reasoning and thinking differ"),
         ({**A, "tool_calls": [{"name": "f", "arguments": "[1"}]}, "expected a tool call with name"),
         ({**U, "reasoning_content": "hm"}, "reasoning in a turn of user"),
+        ({"0": "Hi", "1": "Ho"}, r"the file lists its columns: to_json\(orient='records'"),
         ({**U, "loss": True}, "loss True on a turn of user; only assistant turns are trained"),
     ],
 )
 def test_key_of_a_turn_that_cannot_be_kept_is_refused(turn: dict, message: str) -> None:
-    row = {"messages": [U, turn, *([A] if turn["role"] == "user" else [])]}
+    row = {"messages": [U, turn, *([A] if turn.get("role") == "user" else [])]}
     with pytest.raises(DataError, match=rf"a:3: .*{message}"):
         to_examples(row, kind="sft", format="auto", source="a:3")
 

@@ -77,6 +77,15 @@ def test_text_is_cut_at_blank_lines_or_end_marks(tmp_path: Path) -> None:
     assert read(file) == [("one\n\nmore", "r.txt:2"), ("two", "r.txt:6")]
 
 
+@pytest.mark.parametrize("separator", [";", ",", "\t"])
+def test_a_first_line_may_state_the_separator_of_a_table(tmp_path: Path, separator: str) -> None:
+    # Excel writes this line; the cell below contains the other separators.
+    lines = [f"sep={separator}", separator.join("ad"), separator.join(('"1,5;2"', "3"))]
+    for mark in ("", "\ufeff"):
+        (tmp_path / "r.csv").write_text(mark + "\n".join(lines), encoding="utf-8")
+        assert read(tmp_path / "r.csv") == [({"a": "1,5;2", "d": "3"}, "r.csv:3")]
+
+
 def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         (tmp_path / name).write_text(json.dumps({"from": name}))
@@ -99,6 +108,18 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path: Path) -> Non
         ("r.csv", b"a,b\n1,2\n3\n", "r.csv:3: 1 cells, but the header has 2"),
         ("r.csv", b"a,a\n1,2\n", "r.csv:1: a column name occurs twice"),
         ("r.xml", b"<a/>", "r.xml: unknown file type"),
+        ("r.xlsx", b"PK", "r.xlsx: unknown file type; save its rows as one of .jsonl"),
+        (
+            "r.jsonl",
+            b'{\n"a": 1\n}\n',
+            "rename the file to .json if its objects span several lines",
+        ),
+        ("r.jsonl", b"{'a': 1}\n", "Python's quotes: write the rows with json.dumps"),
+        ("r.jsonl", b'{"a": 1},\n{"a": 2}\n', "one object per line, without a comma after it"),
+        ("r.csv", b"a,b\r1,2\r", "its lines end in carriage returns alone"),
+        ("r.csv", b'a,b\n"is "so" it",2\n', "a quote inside of a quoted cell is written twice"),
+        ("r.csv", b'a,b\n"x,2\n3,4\n', "a quote that opens a cell in this row is never closed"),
+        ("r.csv", b'{"prompt": "a", "b": 1}\n' * 2, "JSON Lines, which a .csv file would split"),
         ("r.jsonl.gz", b"not gzip", "r.jsonl.gz:1:1: broken JSON"),
         ("r.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "r.jsonl.gz: broken gzip"),
     ],

@@ -242,6 +242,9 @@ def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
             near = next((k for k in turn if guess(k, [key])), None)
             hint = "; write {role, content} (map: FILE.py:NAME)"
             hint = f"; did you mean '{key}' by '{near}'?" if near else hint
+            if all(map(str.isdecimal, turn)):
+                # pandas' DataFrame.to_json writes each column as an object of row numbers.
+                hint = "; the file lists its columns: to_json(orient='records', lines=True)"
             raise DataError(
                 f"{where}: no '{key}' in a turn with {sorted(turn)}{hint}",
                 code="D052" if near else "D051",

@@ -18,7 +18,7 @@ _TAIL_CHARS = 2**16
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON; write null")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -50,9 +50,19 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
         return _mapping(_DECODER.decode(text), source)
     except json.JSONDecodeError as error:
         column = error.pos + 1 + len(line) - len(line.lstrip())
-        return _broken(error.msg, f"{source}:{column}", at_end=error.pos >= len(text))
+        message = error.msg + _advice(text, error.pos)
+        return _broken(message, f"{source}:{column}", at_end=error.pos >= len(text))
     except (ValueError, RecursionError) as error:
         return DataError(f"{source}: broken JSON: {error}", code="D033")
+
+
+def _advice(line: str, at: int) -> str:
+    """Return what is usual where a line of JSON Lines is broken at a character, or ""."""
+    if line in ("{", "["):
+        return "; rename the file to .json if its objects span several lines"
+    if line[at : at + 1] == "'":
+        return "; Python's quotes: write the rows with json.dumps"
+    return "; one object per line, without a comma after it" if line[at:].strip() == "," else ""
 
 
 def _broken(message: str, where: str, *, at_end: bool) -> DataError:

@@ -7,6 +7,7 @@ which the row starts) or ``file:row N``. Readers continue after an error if the 
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SEPARATORS = ",;\t|"
+_STATED = re.compile(r"\ufeff?sep=(.?)")
+"""The line of a table that states its separator; without it once it is split at the separator."""
+_TABLE_ADVICE = {
+    "new-line character": "; its lines end in carriage returns alone: save it with line feeds",
+    "expected after": "; a quote inside of a quoted cell is written twice",
+    "unexpected end": "; a quote that opens a cell in this row is never closed",
+}
 _END_MARK = "<|endoftext|>"
 _SNIFFED_LINES = 50
 _ROW_FIELDS = frozenset(("messages", "conversations", "prompt", "chosen", "text", *ASKED))
@@ -63,14 +71,15 @@ def reader_of(path: Path, *, name: str, suffix: str) -> str:
         if start == "[":
             return "values"
         return "lines" if suffix == ".jsonl" or _looks_like_lines(head) else "values"
-    if suffix in (".csv", ".tsv"):
-        return "table"
-    if suffix == ".txt" and head and all(map(_is_row, head)):
+    if suffix in (".csv", ".tsv", ".txt") and head and all(map(_is_row, head)):
+        what = "train as plain text" if suffix == ".txt" else "split at its commas"
         raise DataError(
-            f"{name}:1: rows of JSON Lines, which a .txt file would train as plain text. Rename "
-            "the file to .jsonl.",
+            f"{name}:1: rows of JSON Lines, which a {suffix} file would {what}. Rename the file to "
+            ".jsonl.",
             code="D005",
         )
+    if suffix in (".csv", ".tsv"):
+        return "table"
     if suffix == ".txt" or not any(separator in "".join(head[:1]) for separator in SEPARATORS):
         return "text"
     return "table"
@@ -137,7 +146,7 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
             for fault in lines.faults:
                 yield fault, source
             lines.faults.clear()
-            if not cells:
+            if not cells or (header is None and _STATED.fullmatch("".join(cells))):
                 continue
             if header is None:
                 header = cells
@@ -156,12 +165,18 @@ def _read_table(path: Path, name: str) -> Iterator[Item]:
         if "field larger" in str(error):
             yield row_too_long(f"{name}:{line + 1}"), f"{name}:{line + 1}"
             return
-        message = f"{name}:{line + 1}: broken table: {error}"
+        advice = next((text for part, text in _TABLE_ADVICE.items() if part in str(error)), "")
+        message = f"{name}:{line + 1}: broken table: {error}{advice}"
         yield DataError(message, code="D037"), f"{name}:{line + 1}"
 
 
 def _separator(head: list[str]) -> str:
-    """Return the separator that splits most rows into as many cells as the first row."""
+    """Return the separator that splits most rows into as many cells as the first row.
+
+    A first line ``sep=;``, as Excel writes and reads it, decides.
+    """
+    if head and (stated := _STATED.fullmatch(head[0].rstrip("\r\n"))) and stated[1]:
+        return stated[1]
 
     def fitness(separator: str) -> tuple[int, int]:
         try:

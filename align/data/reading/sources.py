@@ -254,7 +254,7 @@ def _known(path: Path) -> Path:
         raise _packed(path)
     if not suffix_of(path):
         raise DataError(
-            f"{path}: unknown file type; expected one of {', '.join(_PLAIN)}", code="D005"
+            f"{path}: unknown file type; save its rows as one of {', '.join(_PLAIN)}", code="D005"
         )
     return path
 
