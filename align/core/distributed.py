@@ -79,6 +79,7 @@ def init_process_group(*, deterministic: bool = False, device: str = "auto") -> 
 def _join(backend: str, *, launched: bool) -> None:
     """Join the ranks of the launcher, or make a group of this process alone."""
     import deepspeed
+    from deepspeed.utils import groups
 
     timeout = _timeout()
     if not launched:
@@ -100,6 +101,9 @@ def _join(backend: str, *, launched: bool) -> None:
             "process may use this port. Run the same command again, with another --master_port if "
             "you start the ranks by hand"
         ) from error
+    # ZeRO's gathers have a group of their own, which DeepSpeed would make with torch's limit: 10
+    # minutes with NCCL, as long as rank 0 waits for space on a full disk while it saves.
+    groups._WORLD_GROUP = dist.new_group([*range(dist.get_world_size())], timeout=timeout)
 
 
 def _timeout() -> timedelta:

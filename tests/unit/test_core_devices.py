@@ -107,6 +107,9 @@ group = dist.new_group([0])
 dist.all_reduce(torch.ones(1), group=group)
 backend = dist.group.WORLD._get_backend(torch.device("cpu"))
 print("TIMEOUT", backend.options._timeout.total_seconds())
+from deepspeed.utils import groups
+backend = groups._get_data_parallel_group()._get_backend(torch.device("cpu"))
+print("ZERO", backend.options._timeout.total_seconds())
 inodes = {os.readlink(p)[8:-1] for p in glob.glob('/proc/self/fd/*')
           if os.path.islink(p) and os.readlink(p).startswith('socket:')}
 for name in ('tcp', 'tcp6'):
@@ -122,7 +125,8 @@ for name in ('tcp', 'tcp6'):
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("*.o"))
     # One rank may judge or hash for hours while the others wait.
-    assert float(done.stdout.split("TIMEOUT")[1].split()[0]) >= 12 * 3600
+    for group in ("TIMEOUT", "ZERO"):
+        assert float(done.stdout.split(group)[1].split()[0]) >= 12 * 3600
     # gloo itself accepts connections of peers on the loopback address; nothing else may listen.
     addresses = [line.split()[1] for line in done.stdout.splitlines() if "LISTENS" in line]
     assert all(address.startswith("0100007F:") for address in addresses), addresses
