@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit, stdtrit
 
 from align.evaluation.stats import Interval, cluster_numbers
 
@@ -57,10 +57,10 @@ def length_controlled_win_rate(
     spread = d.std()
     x = np.column_stack([np.ones_like(d), np.tanh(d / spread) if spread > 0 else np.zeros_like(d)])
     beta, hessian = _fit(x, y)
-    scores = x * (y - expit(x @ beta))[:, None]  # (pairs, 2)
+    scores = x * (y - scipy.special.expit(x @ beta))[:, None]  # (pairs, 2)
     error = _sandwich_error(scores, index, hessian)
-    half = float(stdtrit(num_clusters - 1, 0.5 + level / 2.0)) * error
-    value, low, high = (float(expit(beta[0] + shift)) for shift in (0.0, -half, half))
+    half = float(scipy.special.stdtrit(num_clusters - 1, 0.5 + level / 2.0)) * error
+    value, low, high = (float(scipy.special.expit(beta[0] + shift)) for shift in (0.0, -half, half))
     return Interval(value, low, high)
 
 
@@ -83,12 +83,12 @@ def _fit(
     prior = np.diag([0.0, RIDGE])
     beta = np.zeros(2)
     for _ in range(MAX_STEPS):
-        p = expit(x @ beta)
+        p = scipy.special.expit(x @ beta)
         hessian = x.T @ (x * (p * (1.0 - p))[:, None]) + prior
         step = np.linalg.solve(hessian, x.T @ (y - p) - prior @ beta)
         # A win rate close to 0 or 1 has an unbounded intercept; sigmoid(15) is 1 - 3e-7.
         beta = np.clip(beta + step, -MAX_LOGIT, MAX_LOGIT)
         if np.abs(step).max() < TOLERANCE:
             break
-    p = expit(x @ beta)
+    p = scipy.special.expit(x @ beta)
     return beta, x.T @ (x * (p * (1.0 - p))[:, None]) + prior

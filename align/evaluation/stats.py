@@ -10,8 +10,8 @@ from math import ceil, sqrt
 from statistics import NormalDist
 
 import numpy as np
+import scipy  # its parts load on use: most stages use none
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 
 MIN_SPREAD_FRAC = 0.9
 """Fraction of resamples that must have some spread for the bootstrap to be used."""
@@ -99,7 +99,7 @@ def _cluster_sums(
 
 
 def _student(level: float, num_clusters: int) -> float:
-    return float(stdtrit(num_clusters - 1, 0.5 + level / 2.0))
+    return float(scipy.special.stdtrit(num_clusters - 1, 0.5 + level / 2.0))
 
 
 def _linearized_error(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from align.core.types import Alarm
 
@@ -75,7 +75,7 @@ def over_prompts(values: NDArray[np.float64]) -> Interval:
     if values.size < 2:
         return Interval(float(values[0]) if values.size else math.nan, math.nan, math.nan)
     mean = float(values.mean())
-    quantile = float(stdtrit(values.size - 1, 0.975))
+    quantile = float(scipy.special.stdtrit(values.size - 1, 0.975))
     half = quantile * float(values.std(ddof=1)) / math.sqrt(values.size)
     return Interval(mean, mean - half, mean + half)
 

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from align.core.errors import TrainingError
-from align.core.extras import as_if_absent
 from align.sampling.vllm_sampler import rank_without_compiler
 from align.sampling.vllm_start import (
     CPU_BLOCK_SIZE,
     ENVIRONMENT,
     MAX_BATCHED_TOKENS,
     MAX_RUNNING,
-    RESAMPLING,
+    import_llm,
 )
 
 MAX_LORAS, MAX_CPU_LORAS = 4, 16
@@ -32,9 +31,7 @@ def serving_engine(folder: Path, *, context: int, max_rank: int) -> Any:
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    with as_if_absent(RESAMPLING):
-        from vllm import LLM
-
+    llm = import_llm()
     platform: dict[str, Any] = {"gpu_memory_utilization": MEMORY_FRAC}
     if not torch.cuda.is_available():
         rank_without_compiler()
@@ -49,7 +46,7 @@ def serving_engine(folder: Path, *, context: int, max_rank: int) -> Any:
         }
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        llm = LLM(
+        engine = llm(
             model=str(folder),
             # vLLM would halve the precision of a model that is saved in float32.
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
@@ -66,7 +63,7 @@ def serving_engine(folder: Path, *, context: int, max_rank: int) -> Any:
         )
     except (ValueError, RuntimeError) as error:
         raise TrainingError(f"vLLM cannot start on {folder}: {error}") from error
-    return llm.llm_engine
+    return engine.llm_engine
 
 
 def streamed_params(**settings: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 import os
 
+from align.core.extras import without_collections
 from align.core.log import setup_logging
 
 if __name__ == "__main__":
@@ -10,6 +11,7 @@ if __name__ == "__main__":
     setup_logging(int(os.environ.get("RANK", "0")))
     logging.getLogger("align").info("importing torch and the libraries of the stage")
 
-    from align.stages.base import main
+    with without_collections():
+        from align.stages.base import main
 
     main()

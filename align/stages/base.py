@@ -25,6 +25,7 @@ from align.core.artifacts import (
     write_manifest,
 )
 from align.core.errors import EXIT_FAILED, EXIT_OK, EXIT_PREEMPTED, AlignError, ArtifactError
+from align.core.extras import without_collections
 from align.core.identity import (
     changed_file,
     check_is_stage_folder,
@@ -399,8 +400,9 @@ def prepare_stage(spec: StageSpec, context: StageContext) -> Prepared:
     evaluated = [s for s in others if isinstance(s, EvaluateStage)]
     # Imported by name: one kind must not load the libraries of all others.
     log.info("reading data and building the %s stage", spec.kind)
-    import_peft()
-    module = import_module(spec.module)
+    with without_collections():
+        import_peft()
+        module = import_module(spec.module)
     with parse_once(shared_files([spec, *evaluated])):
         return module.prepare(spec, context)
 

@@ -12,8 +12,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import scipy
 import torch
-from scipy.special import stdtrit
 from torch import nn
 
 from align.core import distributed
@@ -112,7 +112,7 @@ def change(name: str, first: Sequence[float], now: Sequence[float]) -> dict[str,
     if num < MIN_GROUPS:
         return found
     squares = math.fsum((part - total / num) ** 2 for part in parts)
-    half = float(stdtrit(num - 1, 0.975)) * math.sqrt(num / (num - 1) * squares)
+    half = float(scipy.special.stdtrit(num - 1, 0.975)) * math.sqrt(num / (num - 1) * squares)
     low, high = total - half, total + half
     if (known := described(f"eval/{name}")) is not None and known.unit == "fraction":
         start = math.fsum(first)

@@ -1,13 +1,15 @@
 """Libraries are imported without heavy parts of others that training does not need."""
 
+import gc
 import importlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
-from align.core.extras import as_if_absent
+from align.core.extras import as_if_absent, called_later, without_collections
 
 SCRIPT = """
 import sys
@@ -53,18 +55,89 @@ def test_a_module_is_absent_inside_the_block_only(monkeypatch):
         assert importlib.import_module("colorsys") is loaded
 
 
-def test_vllm_starts_without_the_resampling_of_sound():
+def test_a_function_that_is_called_later_imports_its_module_then(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with called_later("colorsys", "rgb_to_hsv"):
+        from colorsys import rgb_to_hsv
+    assert "colorsys" not in sys.modules
+    assert rgb_to_hsv(0.5, 0.5, 0.5) == (0.0, 0.0, 0.5)  # gray has no hue
+    assert importlib.import_module("colorsys").rgb_to_hsv is not rgb_to_hsv
+
+
+def test_what_else_is_imported_from_such_a_module_is_its_own(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with called_later("colorsys", "rgb_to_hsv"):
+        import colorsys as light
+
+        assert light.hsv_to_rgb is importlib.import_module("colorsys").hsv_to_rgb
+
+
+STAGE = """
+import json, sys
+before = {name.partition(".")[0] for name in sys.modules}
+from align.stages import base
+base.import_peft()
+from align.stages import dpo, sft
+print(json.dumps([sorted(before), sorted(sys.modules)]))
+
+from transformers.loss.loss_for_object_detection import linear_sum_assignment as assign
+from scipy.optimize import linear_sum_assignment as original
+print([part.tolist() for part in assign([[2, 1], [1, 2]])], original is assign)
+"""
+OF_STAGE = {
+    *("align", "reward_models", "jinja2", "markupsafe", "regex", "xxhash", "psutil"),
+    *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
+    *("yaml", "cython_runtime"),
+    *("torch", "torchgen", "triton", "numpy", "sympy", "mpmath", "scipy"),  # scipy: its root only
+    *("transformers", "tokenizers", "safetensors", "huggingface_hub", "sentencepiece", "PIL"),
+    *("accelerate", "peft", "deepspeed", "hjson", "msgpack", "einops", "google"),
+    *("httpx", "httpcore", "h11", "anyio", "idna", "certifi", "charset_normalizer"),  # of the hub
+    *("filelock", "fsspec", "packaging", "tqdm", "dill", "jaxtyping", "click", "colorama"),
+    *("rich", "pygments"),
+}
+"""Packages that an offline stage imports: torch, what loads and trains a model, and theirs."""
+
+
+def test_an_offline_stage_imports_what_trains_a_model_only():
+    done = subprocess.run([sys.executable, "-c", STAGE], capture_output=True, text=True)
+    modules, assigned = done.stdout.splitlines()[-2:]
+    before, after = json.loads(modules)
+    packages = {name.partition(".")[0] for name in after} - set(before)
+    unknown = packages - sys.stdlib_module_names - OF_STAGE
+    assert not {name for name in unknown if not name.startswith("_")}, done.stderr
+    # Parts of SciPy and torch's compiler take tenths of a second each.
+    slow = {"scipy.optimize", "scipy.special", "scipy.stats", "torch._inductor.compile_fx"}
+    assert not slow & set(after)
+    # The function is scipy's all the same. Columns 1 and 0 have the least sum, 1 + 1.
+    assert assigned == "[[0, 1], [1, 0]] False"
+
+
+def test_vllm_starts_without_the_resampling_of_sound_and_the_tracing_of_requests():
     pytest.importorskip("vllm")
     script = (
-        "import sys; from align.core.extras import as_if_absent; "
-        "from align.sampling.vllm_start import RESAMPLING\n"
-        "with as_if_absent(RESAMPLING):\n"
-        "    from vllm import LLM\n"
-        "print(LLM.__name__, RESAMPLING in sys.modules)\n"
+        "import gc, sys; from align.sampling.vllm_start import import_llm\n"
+        "unused = ('scipy.signal', 'opentelemetry')\n"
+        "print(import_llm().__name__, [n for n in unused if n in sys.modules], gc.isenabled())\n"
         "from scipy.signal import resample_poly; print(resample_poly.__name__)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-2:] == ["LLM False", "resample_poly"], done.stderr
+    assert done.stdout.splitlines()[-2:] == ["LLM [] True", "resample_poly"], done.stderr
+
+
+def test_garbage_is_collected_again_after_imports():
+    seen = []
+    with suppress(ImportError), without_collections():
+        seen.append(gc.isenabled())
+        importlib.import_module("no_such_module")
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collections():
+            pass
+        assert not gc.isenabled()  # whoever disabled it enables it
+    finally:
+        gc.enable()
 
 
 CHECK = """
