@@ -14,6 +14,7 @@ TOKENIZER_CLASSES = {
     **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer"), ("pad_token",)),
 }
 """Classes of transformers, and the tokens for which they have no default."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def is_adapter(path: str) -> bool:
@@ -54,8 +55,22 @@ def check_files(path: str, *, causal: bool = True) -> dict[str, Any]:
             f"{path}: its weights are quantized ({method}) and cannot be trained. Import the "
             "original weights (tuning.method: qlora quantizes them itself)."
         )
+    _check_dtype(config, f"{folder / CONFIG}")
     _check_weights(folder)
     return config
+
+
+def _check_dtype(config: dict[str, Any], where: str) -> None:
+    """Raise unless torch knows a configuration's dtype and those of its parts."""
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) not in (None, *DTYPES):
+            raise ArtifactError(
+                f"{where}: {key}: {config[key]!r} is no dtype of weights; expected one of "
+                f"{', '.join(DTYPES)}. Correct it, or remove the line."
+            )
+    for name, part in config.items():
+        if name.endswith("_config") and isinstance(part, dict):
+            _check_dtype(part, f"{where}: {name}")
 
 
 def _check_weights(folder: Path) -> None:

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from align.cli import cli
-from align.core.model_folder import lacking_of_tokenizer
+from align.core.errors import ArtifactError
+from align.core.model_folder import check_files, lacking_of_tokenizer
 from tests.unit.small_tokenizers import byte_tokenizer
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -93,3 +94,19 @@ def test_align_check_names_a_folder_that_cannot_be_trained(tmp_path: Path):
         code, text = checked(tmp_path, folder)
         assert code != 0
         assert told in text
+
+
+@pytest.mark.parametrize("value", ["auto", "bf16", "torch.float32", 7, ["float32"]])
+@pytest.mark.parametrize("of_text", [False, True])
+def test_a_dtype_that_torch_does_not_know_is_named(tmp_path: Path, value: Any, of_text: bool):
+    more = {"text_config": {"dtype": value}} if of_text else {"torch_dtype": value}
+    folder = folder_with(tmp_path / "m", ALL, **more)
+    where = "config.json: text_config: dtype" if of_text else "config.json: torch_dtype"
+    with pytest.raises(ArtifactError, match=f"{where}: .* is no dtype of weights"):
+        check_files(str(folder))
+
+
+@pytest.mark.parametrize("value", [None, "float32", "bfloat16", "float16"])
+def test_dtypes_of_torch_are_accepted(tmp_path: Path, value: str | None):
+    folder = folder_with(tmp_path / "m", ALL, dtype=value, text_config={"torch_dtype": value})
+    assert check_files(str(folder))["dtype"] == value
