@@ -3,13 +3,25 @@
 import gc
 import importlib
 import json
+import pickle
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_tokenizers import byte_tokenizer
+
 from align.core.extras import as_if_absent, called_later, without_collections
+from align.core.types import Example
+from align.data.render.chat import ChatFormat
+from align.data.render.templates import TEMPLATES
+from align.data.store.columns import record
+from align.data.store.layout import Job, pack_rows
+from align.data.store.worker import needs_torch
 
 SCRIPT = """
 import sys
@@ -122,6 +134,37 @@ def test_vllm_starts_without_the_resampling_of_sound_and_the_tracing_of_requests
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == ["LLM [] True", "resample_poly"], done.stderr
+
+
+def test_a_process_that_tokenizes_rows_does_it_without_torch(tmp_path):
+    chat = ChatFormat(byte_tokenizer(TEMPLATES["chatml"], eos="<|im_end|>"))
+    example = Example(
+        [{"role": "user", "content": "a"}],
+        completion=[{"role": "assistant", "content": "b"}],
+        source="rows.jsonl:1",
+    )
+    examples = tmp_path / "examples"
+    examples.write_bytes(record(example))
+    job = Job(0, [examples.stat().st_size])
+    sent = [needs_torch(chat.sft_row), (chat.sft_row, str(examples)), job]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "align.data.store.worker"],
+        input=b"".join(map(pickle.dumps, sent)),
+        capture_output=True,
+    )
+    modules = {line.rpartition(b"|")[2].strip() for line in done.stderr.splitlines()}
+    assert b"tokenizers" in modules, done.stderr
+    assert b"torch" not in modules
+    assert pickle.loads(done.stdout).rows == pack_rows([chat.sft_row(example)])
+
+
+def test_torch_stays_for_renderers_that_are_not_known(monkeypatch):
+    chat = ChatFormat(byte_tokenizer(TEMPLATES["chatml"], eos="<|im_end|>"))
+    assert needs_torch(SimpleNamespace().__init__)  # a method of any other object
+    assert needs_torch(lambda example: chat.sft_row(example))
+    own = type("Own", (type(chat.tokenizer),), {})
+    monkeypatch.setattr(chat.tokenizer, "__class__", own)
+    assert needs_torch(chat.sft_row)
 
 
 def test_garbage_is_collected_again_after_imports():

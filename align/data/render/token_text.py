@@ -61,13 +61,16 @@ def weighed_row(
     ids: Sequence[int], spans: Sequence[tuple[int, int, float]], source: str
 ) -> TokenRow:
     """Return a row that trains its spans of tokens: (first, one after the last, weight above 0)."""
-    trained, weights = [False] * len(ids), [0.0] * len(ids)
+    trained = [False] * len(ids)
     for start, stop, weight in spans:
         trained[start:stop] = [weight > 0.0] * (stop - start)
-        weights[start:stop] = [weight] * (stop - start)
     # Without fractional weights the mask says everything.
-    plain = all(weight in (0.0, 1.0) for _, _, weight in spans)
-    return TokenRow(tuple(ids), tuple(trained), source, weights=() if plain else tuple(weights))
+    if all(weight in (0.0, 1.0) for _, _, weight in spans):
+        return TokenRow(tuple(ids), tuple(trained), source)
+    weights = [0.0] * len(ids)
+    for start, stop, weight in spans:
+        weights[start:stop] = [weight] * (stop - start)
+    return TokenRow(tuple(ids), tuple(trained), source, weights=tuple(weights))
 
 
 def plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -22,7 +22,7 @@ from align.core.types import Example
 from align.data.split import split_key
 from align.data.store.columns import Column, ColumnWriter, record
 from align.data.store.layout import COLUMNS, Done, Job
-from align.data.store.worker import tokenized
+from align.data.store.worker import needs_torch, tokenized
 
 log = logging.getLogger(__name__)
 CHUNK = 512
@@ -167,6 +167,7 @@ class _Pool:
     def __init__(self, render: Render, examples: Path, processes: int) -> None:
         paths = os.pathsep.join(path for path in sys.path if path)
         env = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}
+        env["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # "PyTorch was not found"
         command = [sys.executable, "-m", "align.data.store.worker"]
         pipe = subprocess.PIPE
         self._jobs: queue.Queue[tuple[int, Job] | None] = queue.Queue(maxsize=2 * processes)
@@ -175,7 +176,7 @@ class _Pool:
         self._put = self._taken = 0
         self._workers: list[subprocess.Popen[bytes]] = []
         # Pickled once: every worker gets the same renderer before its first job.
-        first = pickle.dumps((render, str(examples)), protocol=5)
+        first = b"".join(map(pickle.dumps, (needs_torch(render), (render, str(examples)))))
         for _ in range(processes):
             worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env)
             self._workers.append(worker)

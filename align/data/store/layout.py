@@ -58,10 +58,11 @@ def pack_rows(rows: Sequence[Any]) -> Packed:
             parts["weights"].append(array("d", weights).tobytes())
             parts["weighed"].append(b"\1" if weights else b"\0")
         # What is left of a row without its tokens: sources, labels, margins.
-        shell = record(_shell(row))
+        plain = is_plain(row)
+        shell = record(TokenRow((), (), row.source) if plain else _shell(row))
         parts["shells"].append(shell)
         parts["shell_sizes"].append(len(shell).to_bytes(4, "little"))
-        parts["plain"].append(b"\1" if is_plain(row) else b"\0")
+        parts["plain"].append(b"\1" if plain else b"\0")
     return {name: b"".join(found) for name, found in parts.items()}
 
 

@@ -9,12 +9,13 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from align.core.errors import AlignError
+from align.core.extras import as_if_absent
 from align.core.types import Example
 from align.data.render.chat import ChatFormat
 from align.data.store.collect import collected
@@ -46,13 +47,24 @@ def _rows(records: Sequence[bytes], render: Callable[[Example], Any]) -> list[An
     return [render(value_of(data)) for data in records]
 
 
+def needs_torch(render: Callable[[Example], Any]) -> bool:
+    """Return whether a renderer may need torch: any but ours, with a tokenizer of transformers."""
+    chat = getattr(render, "__self__", None)
+    if type(chat) is not ChatFormat:
+        return True
+    return type(chat.tokenizer).__module__.partition(".")[0] != "transformers"
+
+
 def main() -> None:
     """Answer until the input ends."""
     # Libraries may print; the answers have the output for themselves.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         logging.getLogger("align").setLevel(logging.INFO)
-        render, path = pickle.load(sys.stdin.buffer)
+        # transformers imports torch with every tokenizer, for weights in the format GGUF.
+        keeps_torch = pickle.load(sys.stdin.buffer)
+        with nullcontext() if keeps_torch else as_if_absent("torch"):
+            render, path = pickle.load(sys.stdin.buffer)
         examples = Column(Path(path))
         while True:
             try:
