@@ -1,4 +1,4 @@
-"""Say which field of given JSON is wrong, and why, from what pydantic reports."""
+"""Messages that name the wrong field of given JSON and the reason, from pydantic's errors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

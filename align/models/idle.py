@@ -29,7 +29,7 @@ def keep_on_cpu(model: nn.Module) -> bool:
 
 @contextmanager
 def in_use(*models: nn.Module | None) -> Iterator[None]:
-    """Have models on this rank's device inside the block; those of ``keep_on_cpu`` leave after it.
+    """Move models to this rank's device for the block; those of ``keep_on_cpu`` return after it.
 
     Nothing is copied back: a frozen model is in CPU memory as it was.
     """

@@ -1,4 +1,4 @@
-"""Take over the weight files of an imported model without a copy, as hard links."""
+"""Reuse the weight files of an imported model without a copy, as hard links."""
 
 import json
 import logging

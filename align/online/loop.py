@@ -82,7 +82,7 @@ class OnlineRun:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Let the rollout engine use the accelerator's memory inside the block."""
+        """Wake the rollout engine, which has the accelerator's memory inside the block."""
         with ExitStack() as stack:
             for learner in (self.policy, self.critic):
                 if learner is not None and self.spec.offload_idle:

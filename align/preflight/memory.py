@@ -263,7 +263,7 @@ def engine_bytes(
 
 
 RESTING = ("weights", "optimizer", "reduction buffer")
-"""Parts of a training step that are there between two steps."""
+"""Parts of the memory of a training step that remain between two steps."""
 
 
 def sampling_bytes(

@@ -15,7 +15,7 @@ from align.sampling.vllm_push import adapter_options
 from align.sampling.vllm_sampler import cheapen_sampling
 
 MAX_RUNNING = 256
-"""Number of responses that are decoded at the same time on CPU, unless the recipe says another."""
+"""Number of responses that are decoded at the same time on CPU, unless the recipe sets it."""
 
 MAX_BATCHED_TOKENS = 4096
 """Number of prompt tokens in one step on CPU."""

@@ -38,7 +38,7 @@ class Parking:
 
     @contextmanager
     def parked(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Give the memory of tensors back inside the block, in which nothing may use them.
+        """Free the memory of tensors inside the block, in which nothing may use them.
 
         Their storages are emptied and filled again, so that all views of them, such as those of
         DeepSpeed, stay valid. The tensors must not share storages.
