@@ -171,6 +171,8 @@ class Scorer:
             result = (result.reshape(rows) if column else result).tolist()
         if isinstance(result, str | bytes | Mapping) or not hasattr(result, "__iter__"):
             return _all_invalid(f"returned {a_type(result)}, not a list of scores", rows)
+        if isinstance(result, set | frozenset):
+            return _all_invalid("returned a set, which has no order; expected a list", rows)
         given = list(result)
         if len(given) != rows:
             return _all_invalid(f"returned {len(given)} scores for {rows} responses", rows)

@@ -109,6 +109,11 @@ BENCHMARKS: dict[str, tuple[dict[str, Any], str]] = {
         "context",
     ),
     "SQL": ({"prompt": "Count.", "sql_context": "CREATE TABLE t", "answer": "SELECT 1"}, "sql_con"),
+    "demonstrations": (
+        {"prompt": "ox:", "demonstrations": [{"input": "cat", "output": "tac"}], "answer": "xo"},
+        "demonstrations",
+    ),
+    "few-shot": ({"prompt": "ox:", "few_shot": ["cat: tac"], "answer": "xo"}, "few_shot"),
     "code": ({"prompt": "Solve.", "starter_code": "class S:", "tests": "x"}, "starter_code"),
 }
 

@@ -17,7 +17,7 @@ from align.data.formats.detect import detect, to_examples
 from align.data.load import load_examples
 from align.data.reading.readers import plain_row
 from align.recipe.schema import DataSpec
-from align.recipe.schema.formats import FORMATS
+from align.recipe.schema.formats import FORMATS, Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 U, A, B = (
@@ -318,6 +318,62 @@ def test_column_that_says_what_is_trained_is_refused_by_name(key: str, value: ob
             to_examples({**row, key: value}, kind=kind, format=name, source="a:7")
     (asked,) = to_examples({"prompt": "Q", key: value}, kind="prompts", format="auto", source="a:7")
     assert asked.columns[key] == value
+
+
+@pytest.mark.parametrize(
+    ("outer", "key", "value"),
+    [
+        ("metadata", "sample_weight", 0.25),
+        ("meta", "lossMask", [0, 1]),
+        ("extra", "trainable", False),
+    ],
+)
+def test_loss_setting_inside_of_an_object_is_refused_by_its_path(
+    outer: str, key: str, value: object
+) -> None:
+    inside = {outer: {"id": 3, key: value}}
+    for name in ("messages", "preference", "unpaired"):
+        kind, row = ROWS[name]
+        with pytest.raises(DataError, match=rf"a:7: {outer}\.{key}: .* would be dropped"):
+            to_examples({**row, **inside}, kind=kind, format=name, source="a:7")
+        deep = {outer: {"deep": inside[outer]}}
+        with pytest.raises(DataError, match=rf"{outer}\.deep\.{key}"):
+            to_examples({**row, **deep}, kind=kind, format=name, source="a:7")
+        aside = {f"{outer}_column": inside[outer]}
+        (kept,) = to_examples({**row, **aside}, kind=kind, format=name, source="a:7")
+        assert kept.columns[f"{outer}_column"] == inside[outer]
+    (asked,) = to_examples({"prompt": "Q", **inside}, kind="prompts", format="auto", source="a:7")
+    assert asked.columns == inside
+    turn = {**A, "metadata": inside[outer]}
+    with pytest.raises(DataError, match=rf"messages\[1\]: metadata\.{key}: .* would be left out"):
+        to_examples({"messages": [U, turn]}, kind="sft", format="auto", source="a:7")
+
+
+def test_loss_weight_inside_of_an_object_is_read_by_the_rename_of_the_message(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": [U, A], "info": {"loss_weight": 0.25}}])
+    with pytest.raises(DataError, match=r"\(rename: \{info.loss_weight: weight\}\)"):
+        load_examples([DataSpec(path=path)], kind="sft", seed=0)
+    spec = DataSpec(path=path, rename={"info.loss_weight": "weight"})
+    (example,) = load_examples([spec], kind="sft", seed=0)
+    assert example.weight == 0.25
+
+
+@pytest.mark.parametrize("kind", ["sft", "prompts"])
+def test_system_prompt_inside_of_an_object_is_no_column(tmp_path: Path, kind: Kind) -> None:
+    row = {"prompt": "Q", "extra": {"system_message": "Rhyme."}}
+    row |= {"completion": "R"} if kind == "sft" else {}
+    path = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=r"rename: \{extra.system_message: system\}"):
+        load_examples([DataSpec(path=path)], kind=kind, seed=0)
+    spec = DataSpec(path=path, rename={"extra.system_message": "system"})
+    (example,) = load_examples([spec], kind=kind, seed=0)
+    assert example.prompt[0] == {"role": "system", "content": "Rhyme."}
+    (example,) = load_examples(
+        [DataSpec(path=path, rename={"extra": "extra_column"})], kind=kind, seed=0
+    )
+    assert example.prompt == "Q"
 
 
 @pytest.mark.parametrize("key", ["mask", "is_masked", "compute_loss", "skipLoss"])

@@ -132,6 +132,22 @@ def test_broken_files_name_the_place(
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.jsonl", b'{"prompt": "a", "chosen": "b", "chosen": "c"}\n'),
+        ("r.json", b'[{"turn": {"role": "user", "role": "tool"}}]'),
+    ],
+)
+def test_key_twice_has_the_code_of_a_column_twice(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        read(tmp_path / name)
+    assert refused.value.code == "D036"
+
+
 def test_missing_files_are_not_taken_for_hub_ids(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", "data/none.jsonl", "none", "/none/there"):
         with pytest.raises(DataError, match="no such file, folder or glob"):

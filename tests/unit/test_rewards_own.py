@@ -72,6 +72,8 @@ def noisy(completions, **kwargs):
 def short(completions, **kwargs): return [1.0]
 def text(completions, **kwargs): return "1.0"
 def nothing(completions, **kwargs): pass
+def unordered(completions, **kwargs): return {float(ord(c)) for c in completions}
+def frozen(completions, **kwargs): return frozenset(map(len, ("", "a", "bb")))
 
 kept = []
 def leaks(completions, **kwargs):
@@ -165,6 +167,8 @@ def test_what_is_printed_disturbs_nothing(code: Path):
         ("short", "returned 1 scores for 3 responses"),
         ("text", "returned a str, not a list of scores"),
         ("nothing", "returned a NoneType, not a list of scores"),
+        ("unordered", "returned a set, which has no order; expected a list"),
+        ("frozen", "returned a set, which has no order; expected a list"),
     ],
 )
 def test_a_result_of_another_form_is_invalid_as_a_whole(code: Path, name: str, reason: str):

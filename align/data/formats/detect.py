@@ -214,9 +214,9 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     read = _importer(form.read_for.get(kind, form.read))
     examples = []
     for example in read(row, source):
+        example = apply_extras(example, extras)
         if example.columns and isinstance(row, dict):
             check_left_over(example, kind=kind, form=name, row=row)
-        example = apply_extras(example, extras)
         if kind == "prompts" and example.label is not None and isinstance(row, dict):
             # A rating of the row's own answer is a column like any other.
             given = {key: row[key] for key in ("label", "kto_tag") if key in row}

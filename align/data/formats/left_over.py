@@ -11,7 +11,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.types import Example, Text
 from align.data.formats.questions import prompt_of
-from align.data.formats.turns import plain_name, shown
+from align.data.formats.turns import fields_inside, plain_name, shown
 from align.recipe.schema.formats import ASKED, FORMATS, Kind
 
 QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
@@ -22,6 +22,7 @@ _READ = ("document", "article", "passage", "passages", "paragraph", "background"
 _READ += ("sys", "sys_prompt", "system_instruction", "instruction_system", "persona", "user_input")
 _READ += ("support", "premise", "hypothesis", "ctx", "endings", "starter_code", "table")
 _READ += ("suffix",)  # of rows that fill in the middle
+_READ += ("few_shot", "few_shots", "fewshot", "shots", "examples", "demonstrations", "exemplars")
 """Columns that often hold a part of the question; no stage would read it there."""
 _READ_WORDS = frozenset(("context", "contexts", "passage", "passages", "document", "documents"))
 _READ_WORDS |= {"paragraphs", "choices", "options"}
@@ -31,6 +32,7 @@ _UNSEEN = frozenset(("privileged", "teacher", "reference", "gold", "judge", "gra
 TRL's self-distillation shows the teacher alone."""
 _CHOICE = re.compile(r"[a-h]|(choice|option|opt?|ending|distractor|sol)_?([a-h]|\d)")
 """Names of columns with one choice each, such as those of MMLU's tables (A, B, C, D)."""
+_SYSTEM = ("system", "system_prompt", "system_message")
 _CHOICES = ("choices", "options", "endings")
 _BESIDE_TEXT = ("summary", "summaries", "highlights", "target", "targets", "translation", "reply")
 _BESIDE_TEXT += ("answer", "answers", "solution", "code")
@@ -54,6 +56,13 @@ def check_left_over(
         DataError: names the columns.
     """
     names = {key: part for key in example.columns if (part := _part(key, example, kind))}
+    inner = {
+        key: value
+        for key, value in fields_inside(example.columns)
+        if key.rpartition(".")[2] in _SYSTEM and isinstance(value, str)
+    }
+    names |= dict.fromkeys(inner, "system")
+    columns = {**example.columns, **inner}
     if not names:
         return
     sides = (example.prompt, example.completion, example.rejected)
@@ -62,13 +71,14 @@ def check_left_over(
     lost = {
         key: text
         for key, part in names.items()
-        if not (part == "whole" and _contains_responses(example.columns[key], example))
-        and (text := _missing(example.columns[key], there, alone=part == "choice")) is not None
+        if not (part == "whole" and _contains_responses(columns[key], example))
+        and (text := _missing(columns[key], there, alone=part == "choice")) is not None
     }
     if not lost:
         return
     them = "it" if len(lost) == 1 else "them"
-    aside = ", ".join(f"{key}: {key}_column" for key in lost)
+    outer = dict.fromkeys(key.partition(".")[0] if key in inner else key for key in lost)
+    aside = ", ".join(f"{key}: {key}_column" for key in outer)
     use = _remedy(lost, names, them=them, form=form, row=row or {})
     raise DataError(
         f"{example.source}: {', '.join(lost)}: {shown(next(iter(lost.values())))} would be "
@@ -112,6 +122,8 @@ def _remedy(
     first = next(iter(lost))
     if names[first] == "answer":
         return f"train it as the answer (rename: {{text: prompt, {first}: completion}}), "
+    if names[first] == "system":
+        return f"render it as the system turn (rename: {{{first}: system}}), "
     if names[first] in ("other", "whole"):
         return ""
     asked = next((row[name] for name in ASKED if name in row), None)

@@ -18,6 +18,7 @@ from align.data.formats.left_over import QUESTION_TEXTS
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import (
+    fields_inside,
     guess,
     is_about_loss,
     is_nothing,
@@ -153,6 +154,8 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 f"format have no place for it; {use}, {away.format(key)}",
                 code="D045",
             )
+    if kind not in ("prompts", "classes"):
+        _refuse_inside({k: v for k, v in given.items() if k not in shared}, given, source)
     known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS, *QUESTION_TEXTS)
     known += () if kind == "prompts" else REASONING
     for key in given:
@@ -163,6 +166,20 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 f"{source}: unknown key '{key}', {shown(given[key])}, would be left out{near} "
                 "Rename it if it is another thing",
                 code="D041",
+            )
+
+
+def _refuse_inside(columns: Row, given: Row, source: str) -> None:
+    """Raise if an object in a column says what is trained, unless ``rename`` reads it."""
+    read = [given[key] for key in WEIGHTS if key in given]
+    for key, value in fields_inside(columns):
+        if is_about_loss(key.rpartition(".")[2], value) and value not in read:
+            outer = key.partition(".")[0]
+            raise DataError(
+                f"{source}: {key}: {shown(value)} would be dropped; use it as the weight of an sft "
+                f"row (rename: {{{key}: weight}}), or set the column aside (rename: {{{outer}: "
+                f"{outer}_column}})",
+                code="D045",
             )
 
 

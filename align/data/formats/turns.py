@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from math import isfinite
 from typing import Any
@@ -159,6 +159,17 @@ def is_about_loss(key: str, value: object) -> bool:
     return bool(words & _LOSS_WORDS) and _is_numeric(value)
 
 
+def fields_inside(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the name, ``outer.inner``, and the value of each field inside an object of a row.
+
+    A column that was renamed to ``..._column`` was set aside on purpose.
+    """
+    for key, value in row.items():
+        if isinstance(value, Mapping) and not key.endswith("_column"):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
+            yield from ((f"{key}.{name}", item) for name, item in fields_inside(value))
+
+
 def _is_numeric(value: object) -> bool:
     if isinstance(value, list):
         return bool(value) and all(_is_numeric(item) for item in value)
@@ -250,6 +261,14 @@ def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
                 code="D052" if near else "D051",
             )
     strange = [k for k in turn if k not in (*_USED, *_HARMLESS) and not is_nothing(turn[k])]
+    for key, value in fields_inside({"metadata": turn.get("metadata")}):
+        name = key.rpartition(".")[2]
+        if name in _REASONING or is_about_loss(name, value):
+            raise DataError(
+                f"{where}: {key}: {shown(value)} would be left out; move it into the turn itself, "
+                "or remove it",
+                code="D059",
+            )
     if strange:
         hint = guess(strange[0], _USED)
         remedy = "; remove it, or write its text into content"

@@ -21,13 +21,17 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; write null")
 
 
+class _TwiceError(ValueError):
+    """An object has a key twice."""
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # A repeated key would silently lose a value.
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} appears twice in one object")
+        raise _TwiceError(f"key {twice!r} appears twice in one object")
     return found
 
 
@@ -53,7 +57,12 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
         message = error.msg + _advice(text, error.pos)
         return _broken(message, f"{source}:{column}", at_end=error.pos >= len(text))
     except (ValueError, RecursionError) as error:
-        return DataError(f"{source}: broken JSON: {error}", code="D033")
+        return _refused(error, source)
+
+
+def _refused(error: Exception, where: str) -> DataError:
+    code = "D036" if isinstance(error, _TwiceError) else "D033"
+    return DataError(f"{where}: broken JSON: {error}", code=code)
 
 
 def _advice(line: str, at: int) -> str:
@@ -182,9 +191,7 @@ class _Tape:
                 at_end = at >= len(self.text.rstrip())
                 raise _broken(error.msg, where, at_end=at_end) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{self.line_at(self.at)}: broken JSON: {error}", code="D033"
-                ) from error
+                raise _refused(error, self.line_at(self.at)) from error
 
 
 def read_values(path: Path, name: str) -> Iterator[Item]:
