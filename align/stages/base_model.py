@@ -5,7 +5,7 @@ token, stop token and chat template, and a generation configuration with the sam
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -107,8 +107,36 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
         model = merged_onto(model, path)
         refuse_not_finite(path, model)
         settle_ties(path, model)
+    _check_rows(path, model, tokenizer, added)
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
+
+
+def _check_rows(path: str, model: PreTrainedModel, tokenizer: Any, added: Collection[str]) -> None:
+    """Name the tokens of the folder's own tokenizer for which its model has no embedding.
+
+    Raises:
+        ArtifactError: there are words among them, so the tokenizer is that of another model.
+    """
+    rows = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+    beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= rows and t not in added}
+    extra = tokenizer.get_added_vocab()
+    words = sorted((i, token) for token, i in beyond.items() if token not in extra)
+    if words:
+        number, word = words[0]
+        raise ArtifactError(
+            f"{path}: the tokenizer has {len(words)} tokens without an embedding in the model, "
+            f"which has {rows}; the first is {word!r} ({number}). Copy the tokenizer that the "
+            "model was trained with into the folder."
+        )
+    if beyond:
+        log.warning(
+            "%s: the model has %d embeddings, none for %s of its tokenizer; new ones begin as the "
+            "mean of the others",
+            path,
+            rows,
+            ", ".join(f"{token} ({number})" for token, number in beyond.items()),
+        )
 
 
 def _add_rows_of_adapter(model: PreTrainedModel, path: str) -> None:

@@ -162,3 +162,34 @@ def test_a_path_that_does_not_exist_is_never_looked_up_on_the_hub(path: str):
     ):
         asked = True
     assert not asked
+
+
+@pytest.mark.parametrize(("tied", "lacking"), [(True, 1), (False, 40)])
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(
+    tmp_path: Path, tied: bool, lacking: int
+) -> None:
+    byte_tokenizer(None, markers=()).save_pretrained(tmp_path / "sized")
+    words = AutoTokenizer.from_pretrained(tmp_path / "sized")
+    number = len(words.get_vocab().keys() - words.get_added_vocab().keys())
+    last = 1 + max(i for t, i in words.get_vocab().items() if t not in words.get_added_vocab())
+    assert lacking < number
+    source = saved_model(tmp_path / "in", tied=tied, rows=last - lacking)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    (source / "generation_config.json").unlink()
+    with pytest.raises(ArtifactError, match=f"has {lacking} tokens without an embedding"):
+        bring_in(source, tmp_path, TokenizerSpec(chat_template="chatml"))
+
+
+def test_added_tokens_without_an_embedding_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = saved_model(tmp_path / "in", tied=False)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    number = len(tokenizer)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(source)
+    bring_in(source, tmp_path, TokenizerSpec(chat_template="chatml"))
+    (said,) = [r.getMessage() for r in caplog.records if "new ones begin as the mean" in r.message]
+    assert f"none for <call> ({number})" in said
+    assert "im_start" not in said
