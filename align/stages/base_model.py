@@ -107,12 +107,14 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
         model = merged_onto(model, path)
         refuse_not_finite(path, model)
         settle_ties(path, model)
-    _check_rows(path, model, tokenizer, added)
+    _check_rows(path, model, tokenizer, added=added)
     add_embeddings(model, len(tokenizer), tokenizer.convert_tokens_to_ids(added))
     return model, tokenizer
 
 
-def _check_rows(path: str, model: PreTrainedModel, tokenizer: Any, added: Collection[str]) -> None:
+def _check_rows(
+    path: str, model: PreTrainedModel, tokenizer: Any, *, added: Collection[str]
+) -> None:
     """Name the tokens of the folder's own tokenizer for which its model has no embedding.
 
     Raises:
