@@ -18,7 +18,7 @@ from align.sampling.memory import BESIDE, LARGEST, SLACK
 from align.training.deepspeed import ON_CPU, effective_stage
 
 GIB = 2**30
-LIBRARIES = {"cpu": 0.6 * GIB, "gpu": 1.0 * GIB}
+LIBRARIES = {"cpu": 0.55 * GIB, "gpu": 1.0 * GIB}
 """Resident memory after the imports, or the CUDA context with NCCL (not measured)."""
 RETAINED = {"cpu": 1.15, "gpu": 1.0}
 """Memory per byte in use: the C library keeps freed pieces that it cannot return."""
@@ -339,7 +339,9 @@ def predict(
         used["sampling"] = held + engine
     # On a GPU both are copied to the host.
     if device == "cpu":
-        copies = step["optimizer"] if effective_stage(spec.zero, dtype=spec.dtype) else 0.0
+        # DeepSpeed copies the states that it writes at stages 1 and 2.
+        stage = effective_stage(spec.zero, dtype=spec.dtype)
+        copies = step["optimizer"] if stage in (1, 2) else 0.0
         used["checkpoint"] = resting + beside + copies + step["weights"]
         # One file's weights at a time, and the tensor that is gathered.
         used["save"] = resting + beside + min(whole, FILE_BYTES + size.largest * width)
