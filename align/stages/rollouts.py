@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,10 @@ from align.recipe.schema import (
     MergeStage,
     OnlineStage,
     OptimSpec,
+    SamplingSpec,
     SelfInstructStage,
     TaskSpec,
+    TrainingStage,
     ZeroSpec,
 )
 from align.sampling.build import build_engine
@@ -61,6 +64,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def engine_options(
+    spec: TrainingStage | EvaluateStage | MergeStage | SelfInstructStage,
+    sampling: SamplingSpec,
+    model_dir: Path,
+    *,
+    chat: ChatFormat,
+    seed: int,
+) -> EngineOptions:
+    """Return the options of an engine that samples from the model in ``model_dir`` as it is."""
+    return EngineOptions(
+        model_dir,
+        dtype=spec.dtype,
+        max_model_len=spec.max_length,
+        seed=seed,
+        memory_frac=sampling.memory_frac,
+        cache_gib=sampling.cache_gib,
+        stop_token_ids=chat.stop_token_ids,
+        tensor_parallel=sampling.tensor_parallel,
+        max_num_seqs=sampling.max_num_seqs,
+        cache_dtype=sampling.cache_dtype,
+    )
+
+
 def start_engine(
     spec: OnlineStage | EvaluateStage | MergeStage | SelfInstructStage,
     model_dir: Path,
@@ -69,26 +95,16 @@ def start_engine(
     context: StageContext,
 ) -> RolloutEngine:
     """Start the rollout engine of the recipe with the weights in ``model_dir``."""
-    is_online = isinstance(spec, OnlineStage)
-    return build_engine(
-        spec.sampling.engine,
-        EngineOptions(
-            model_dir,
-            dtype=spec.dtype,
-            max_model_len=spec.max_length,
-            seed=context.seed,
-            memory_frac=spec.sampling.memory_frac,
-            cache_gib=spec.sampling.cache_gib,
-            stop_token_ids=chat.stop_token_ids,
-            max_num_seqs=spec.sampling.max_num_seqs,
-            cache_dtype=spec.sampling.cache_dtype,
-            held_bytes=held_while_sampling(spec, context) if is_online else None,
-            tuning=spec.tuning if is_online else None,
-            push=spec.sampling.push if is_online else "merged",
-            tensor_parallel=spec.sampling.tensor_parallel,
-            always_pushed=is_online,
-        ),
-    )
+    options = engine_options(spec, spec.sampling, model_dir, chat=chat, seed=context.seed)
+    if isinstance(spec, OnlineStage):
+        options = replace(
+            options,
+            held_bytes=held_while_sampling(spec, context),
+            tuning=spec.tuning,
+            push=spec.sampling.push,
+            always_pushed=True,
+        )
+    return build_engine(spec.sampling.engine, options)
 
 
 def held_while_sampling(spec: OnlineStage, context: StageContext) -> float:

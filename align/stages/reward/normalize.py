@@ -15,9 +15,9 @@ from align.data.render.chat import ChatFormat
 from align.preflight.checks import spread
 from align.recipe.schema import RewardStage
 from align.sampling.build import build_engine
-from align.sampling.engine import EngineOptions
 from align.sampling.rollout import sample_groups
 from align.stages.base import StageContext
+from align.stages.rollouts import engine_options
 
 log = logging.getLogger(__name__)
 Numbers = list[float] | float
@@ -49,23 +49,11 @@ def sampled_rows(
     spec: RewardStage, context: StageContext, *, model_dir: Path, chat: ChatFormat
 ) -> list[TokenRow]:
     """Return responses to prompts of the data, sampled from the policy of ``spec.init``."""
-    assert spec.norm_sampling is not None
+    sampling = spec.norm_sampling
+    assert sampling is not None
     prompts = _distinct_prompts(spec, context, chat)
-    engine = build_engine(
-        spec.norm_sampling.engine,
-        EngineOptions(
-            model_dir,
-            dtype=spec.dtype,
-            max_model_len=spec.max_length,
-            seed=context.seed,
-            memory_frac=spec.norm_sampling.memory_frac,
-            cache_gib=spec.norm_sampling.cache_gib,
-            tensor_parallel=spec.norm_sampling.tensor_parallel,
-            max_num_seqs=spec.norm_sampling.max_num_seqs,
-            cache_dtype=spec.norm_sampling.cache_dtype,
-            stop_token_ids=chat.stop_token_ids,
-        ),
-    )
+    options = engine_options(spec, sampling, model_dir, chat=chat, seed=context.seed)
+    engine = build_engine(sampling.engine, options)
     with closing(engine), engine.awake():
         groups = sample_groups(
             engine,
@@ -73,7 +61,7 @@ def sampled_rows(
             n=1,
             step=0,
             seed=distributed.derive_seed(context.seed, "norm"),
-            sampling=spec.norm_sampling,
+            sampling=sampling,
             stop_token_ids=chat.stop_token_ids,
         )
     rows = []
