@@ -425,3 +425,18 @@ def test_a_switch_is_not_trained_as_reasoning(key: str, value: str) -> None:
     row = {"messages": [U, {**A, key: f"{value}, so"}]}
     said = to_examples(row, kind="sft", format="auto", source="f:1")
     assert said[0].completion[1]["reasoning_content"] == f"{value}, so"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "offered"),
+    [("messages", 0.5, True), ("messages", [0, 1], False), ("preference", 0.5, False)],
+)
+def test_only_an_sft_row_is_offered_a_weight_and_only_one_number(
+    name: str, value: object, offered: bool
+) -> None:
+    kind, row = ROWS[name]
+    with pytest.raises(
+        DataError, match=r"meta\.loss_weight.*\(rename: {meta: meta_column}"
+    ) as info:
+        to_examples({**row, "meta": {"loss_weight": value}}, kind=kind, format=name, source="a:7")
+    assert ("rename: {meta.loss_weight: weight}" in str(info.value)) == offered

@@ -15,6 +15,7 @@ from align.data.formats.turns import fields_inside, plain_name, shown
 from align.recipe.schema.formats import ASKED, FORMATS, Kind
 
 QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
+SYSTEM = ("system", "system_prompt", "system_message")
 """Text of the question that only some formats can represent."""
 _SAID = (*ASKED, "completion", "response", "output")
 """Columns that may hold another question or answer than the one that is trained."""
@@ -32,7 +33,6 @@ _UNSEEN = frozenset(("privileged", "teacher", "reference", "gold", "judge", "gra
 TRL's self-distillation shows the teacher alone."""
 _CHOICE = re.compile(r"[a-h]|(choice|option|opt?|ending|distractor|sol)_?([a-h]|\d)")
 """Names of columns with one choice each, such as those of MMLU's tables (A, B, C, D)."""
-_SYSTEM = ("system", "system_prompt", "system_message")
 _CHOICES = ("choices", "options", "endings")
 _BESIDE_TEXT = ("summary", "summaries", "highlights", "target", "targets", "translation", "reply")
 _BESIDE_TEXT += ("answer", "answers", "solution", "code")
@@ -59,7 +59,7 @@ def check_left_over(
     inner = {
         key: value
         for key, value in fields_inside(example.columns)
-        if key.rpartition(".")[2] in _SYSTEM and isinstance(value, str)
+        if key.rpartition(".")[2] in SYSTEM and isinstance(value, str)
     }
     names |= dict.fromkeys(inner, "system")
     columns = {**example.columns, **inner}

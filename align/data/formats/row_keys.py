@@ -14,7 +14,7 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
-from align.data.formats.left_over import QUESTION_TEXTS
+from align.data.formats.left_over import QUESTION_TEXTS, SYSTEM
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import (
@@ -31,7 +31,6 @@ from align.data.formats.turns import (
 
 Row = dict[str, Any]
 
-SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 WEIGHTS = ("weight", "loss_weight", "sample_weight")
@@ -155,7 +154,8 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
                 code="D045",
             )
     if kind not in ("prompts", "classes"):
-        _refuse_inside({k: v for k, v in given.items() if k not in shared}, given, source)
+        columns = {k: v for k, v in given.items() if k not in shared}
+        _refuse_inside(columns, given, weighs=kind == "sft", source=source)
     known = (*SYSTEM, *TOOLS, TEMPLATE, *_MEDIA, *_NUMBERS, *WEIGHTS, *_TURNS, *QUESTION_TEXTS)
     known += () if kind == "prompts" else REASONING
     for key in given:
@@ -169,16 +169,22 @@ def _refuse(given: Row, *, kind: str, shared: Sequence[str], source: str) -> Non
             )
 
 
-def _refuse_inside(columns: Row, given: Row, source: str) -> None:
-    """Raise if an object in a column says what is trained, unless ``rename`` reads it."""
+def _refuse_inside(columns: Row, given: Row, *, weighs: bool, source: str) -> None:
+    """Raise if an object in a column says what is trained, unless ``rename`` reads it.
+
+    Args:
+        columns: of the row. given: all its keys that the format does not read.
+        weighs: whether a row of this kind may have a weight. source: ``file:line``.
+    """
     read = [given[key] for key in WEIGHTS if key in given]
     for key, value in fields_inside(columns):
         if is_about_loss(key.rpartition(".")[2], value) and value not in read:
             outer = key.partition(".")[0]
+            use = f"use it as the weight of the row (rename: {{{key}: weight}}), or "
             raise DataError(
-                f"{source}: {key}: {shown(value)} would be dropped; use it as the weight of an sft "
-                f"row (rename: {{{key}: weight}}), or set the column aside (rename: {{{outer}: "
-                f"{outer}_column}})",
+                f"{source}: {key}: {shown(value)} would be dropped; "
+                f"{use if weighs and not isinstance(value, list) else ''}set the column aside "
+                f"(rename: {{{outer}: {outer}_column}})",
                 code="D045",
             )
 
