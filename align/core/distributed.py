@@ -29,8 +29,7 @@ from align.core.seats import is_first_of_machine, srun_environment
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=24)
-"""How long ranks wait for each other: one of them may judge or hash for hours."""
+_LIMIT = timedelta(hours=24)
 
 
 def init_process_group(*, deterministic: bool = False, device: str = "auto") -> None:
@@ -42,11 +41,14 @@ def init_process_group(*, deterministic: bool = False, device: str = "auto") -> 
 
     Raises:
         DeviceError: the recipe requires a GPU and there is none; or the machine has one that torch
-            cannot use, or DeepSpeed may not; or the ranks do not find each other.
+            cannot use, or DeepSpeed may not; or the ranks do not find each other; or
+            DEEPSPEED_TIMEOUT is invalid.
     """
     if dist.is_initialized():
         return
     require_device(device)
+    # DeepSpeed's import fails on an invalid limit without naming it.
+    wait_limit()
     if deterministic:
         _use_deterministic_kernels()
     on_gpu = torch.cuda.is_available()
@@ -81,7 +83,7 @@ def _join(backend: str, *, launched: bool) -> None:
     import deepspeed
     from deepspeed.utils import groups
 
-    timeout = _timeout()
+    timeout = wait_limit()
     if not launched:
         # One process needs no store that listens on a port.
         dist.init_process_group(
@@ -103,13 +105,36 @@ def _join(backend: str, *, launched: bool) -> None:
         ) from error
     # ZeRO's gathers have a group of their own, which DeepSpeed would make with torch's limit: 10
     # minutes with NCCL, as long as rank 0 waits for space on a full disk while it saves.
-    groups._WORLD_GROUP = dist.new_group([*range(dist.get_world_size())], timeout=timeout)
+    groups._WORLD_GROUP = new_group(range(dist.get_world_size()))
 
 
-def _timeout() -> timedelta:
-    """Return DeepSpeed's own setting in minutes if there is one."""
-    minutes = os.environ.get("DEEPSPEED_TIMEOUT")
-    return timedelta(minutes=int(minutes)) if minutes else TIMEOUT
+def wait_limit() -> timedelta:
+    """Return how long ranks wait for each other: 24 hours, or DEEPSPEED_TIMEOUT in minutes.
+
+    Every process group takes this limit, since one rank may judge or hash for hours.
+
+    Raises:
+        DeviceError: DEEPSPEED_TIMEOUT is not a positive whole number.
+    """
+    told = os.environ.get("DEEPSPEED_TIMEOUT")
+    if not told:
+        return _LIMIT
+    if not told.isdecimal() or int(told) == 0:
+        raise DeviceError(
+            f"DEEPSPEED_TIMEOUT={told} is not a positive whole number of minutes. Set one, or "
+            f"unset it to let ranks wait for each other for {_LIMIT // timedelta(hours=1)} hours"
+        )
+    return timedelta(minutes=int(told))
+
+
+def new_group(ranks: Sequence[int], *, backend: str | None = None) -> Any:
+    """Return torch's process group of ``ranks``; all ranks must call this.
+
+    Args:
+        ranks: its members.
+        backend: of the group; None for that of the stage's ranks.
+    """
+    return dist.new_group([*ranks], backend=backend, timeout=wait_limit())
 
 
 def _use_deterministic_kernels() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from align.core.distributed import TIMEOUT, rank, world_size
+from align.core.distributed import new_group, rank, world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def rank_group(size: int, *, backend: str | None = "gloo") -> RankGroup:
     channel = None
     # Every rank takes part in the creation of every group, in the same order.
     for start in range(0, world_size(), size):
-        made = dist.new_group([*range(start, start + size)], backend=backend, timeout=TIMEOUT)
+        made = new_group(range(start, start + size), backend=backend)
         channel = made if start == rank() // size * size else channel
     return RankGroup(size, rank() % size, channel)
 

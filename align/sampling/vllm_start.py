@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from align.core.distributed import wait_limit
 from align.core.errors import TrainingError
 from align.core.extras import as_if_absent, without_collections
 from align.recipe.schema.tuning import LoraTuning
@@ -25,6 +26,9 @@ CPU_BLOCK_SIZE = 32
 
 _UNUSED = ("scipy.signal", "opentelemetry")
 """What vLLM imports for audio and for tracing requests, which nothing here does."""
+
+_GROUP_LIMITS = ("distributed_timeout_seconds", "cpu_distributed_timeout_seconds")
+"""vLLM's options for how long its workers wait for each other, on a GPU and on CPU."""
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -99,6 +103,7 @@ def start_llm(options: EngineOptions, *, on_cpu: bool) -> Any:
             _exchange_by_gloo()
         platform["distributed_executor_backend"] = "external_launcher"
         platform["tensor_parallel_size"] = options.tensor_parallel
+        platform |= dict.fromkeys(_GROUP_LIMITS, int(wait_limit().total_seconds()))
     try:
         return llm(
             model=str(options.model_dir),

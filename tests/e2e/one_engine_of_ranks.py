@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "workers"))
 from engine_models import tiny_decoder
+from waits import group_limits
 
 from align.core import distributed
 from align.sampling.build import build_engine
@@ -35,7 +37,7 @@ def asked(family: str, model: Path, ranks: int) -> dict:
         "vllm", EngineOptions(model, max_model_len=96, cache_gib=0.02, tensor_parallel=ranks)
     )
     prompts = PROMPTS[distributed.rank()]
-    result: dict = {"parts": sorted(engine.shares)}
+    result: dict = {"parts": sorted(engine.shares), "limits": group_limits()}
     for seed in (1, 2):
         proof = push(engine, full_weights(tiny_decoder(family, seed)), version=seed)
         greedy = engine.generate(prompts, n=1, max_new_tokens=12, temperature=0.0)

@@ -28,7 +28,9 @@ def found(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     save_tiny(tiny_decoder(family, 0), folder / "model")
     worker = str(Path(__file__).with_name("one_engine_of_ranks.py"))
     command = [worker, family, str(folder / "model"), str(folder)]
-    stage_runs.finish_ranks(command, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSPEED_TIMEOUT", "2000")
+        stage_runs.finish_ranks(command, 2)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -74,3 +76,10 @@ def test_checksums_cover_every_tensor_of_the_parts_of_both_ranks(family, found):
 def test_ranks_without_prompts_take_part_and_the_world_outlives_the_engines(found):
     assert [part["2"]["none"] for part in found] == [1, 0]
     assert [part["sum_after_close"] for part in found] == [1.0, 1.0]
+
+
+def test_workers_of_an_engine_wait_as_long_as_the_ranks(found):
+    """Torch's limit for a group is half an hour on CPU, and 10 minutes on a GPU."""
+    for part in found:
+        assert set(part["2"]["limits"]) == set(part["1"]["limits"]) == {2000 * 60.0}
+        assert len(part["2"]["limits"]) > 3  # those of the ranks and ZeRO, and vLLM's own

@@ -1,5 +1,6 @@
 """One process, two ranks and three, ZeRO 0 to 3: the same steps give the same weights."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -191,3 +192,14 @@ def test_saved_lora_model_is_base_with_adapter(out: Path, stage: int, ranks: int
     assert (found - plain).abs().max() > 1e-3
     final = load(out, "grpo_lora", f"0of{ranks}")[stage]["weights"]
     assert_equal({n: p for n, p in merged.named_parameters() if n in final}, final)
+
+
+@pytest.mark.slow
+def test_every_group_waits_as_long_as_the_user_says(tmp_path, monkeypatch):
+    """Also those of ranks that share an engine or a row, and DeepSpeed's own."""
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "2000")
+    runs.finish_ranks([str(WORKER.with_name("waits.py")), str(tmp_path)], 2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        # Of all ranks, of ZeRO, of an engine and of a row.
+        assert found == {"groups": [2000 * 60.0] * 4, "store": 2000 * 60.0}

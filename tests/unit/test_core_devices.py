@@ -249,6 +249,13 @@ def test_ports_of_ranks_are_none_that_the_system_assigns(monkeypatch):
 def test_ranks_wait_for_each_other_for_hours(monkeypatch):
     """DeepSpeed's own limit of 10 minutes ended ranks that waited for a judge or for hashes."""
     monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
-    assert distributed._timeout().total_seconds() >= 12 * 3600
+    assert distributed.wait_limit().total_seconds() >= 12 * 3600
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "30")
-    assert distributed._timeout().total_seconds() == 1800
+    assert distributed.wait_limit().total_seconds() == 1800
+
+
+@pytest.mark.parametrize("told", ["an hour", "0", "-5", "1.5"])
+def test_invalid_wait_limit_is_named_before_the_ranks_join(monkeypatch, told):
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", told)
+    with pytest.raises(DeviceError, match=f"DEEPSPEED_TIMEOUT={told} is not a positive whole"):
+        distributed.init_process_group()
