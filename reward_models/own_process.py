@@ -28,13 +28,8 @@ STYLES = {
     "openrlhf": ("queries",),
 }
 """Parameters that identify the functions of other suites; any other function is TRL's."""
-RESPONSES = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    *(n for own in STYLES.values() for n in own),
-}
-"""Parameters of functions that score; a function with none of them makes one that does."""
+RESPONSES = ("completions", "completion_ids", "solution_str", "solution_strs", "queries")
+"""Parameters that receive responses; a function with none of them can only make one that does."""
 TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
 """Columns for verl's ground_truth and OpenRLHF's labels; the first that is present is used."""
 
@@ -68,23 +63,31 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
         instance: Any = found(**args)
         return instance
     function: Callable[..., Any] = partial(found, **args) if args else found
-    if _makes_another(function):
+    parameters = _parameters(function)
+    if not _sees_responses(parameters) and all(_has_default(p) for p in parameters.values()):
+        # ``get_cosine_reward(max_len=1000)`` makes a reward.
         made: Any = function()
         if not callable(made):
-            taken = ", ".join(sorted(RESPONSES))
             raise TypeError(
-                f"{name} has no parameter for responses ({taken}), and what it returns, "
-                f"{a_type(made)}, cannot be called"
+                f"{name} has no parameter for responses ({', '.join(RESPONSES)}), and what it "
+                f"returns, {a_type(made)}, cannot be called"
             )
         return made
+    if not _sees_responses(parameters):
+        raise TypeError(
+            f"{name}({', '.join(parameters)}) has no parameter for responses, which are passed by "
+            f"name ({', '.join(RESPONSES)}); if it makes a reward, set its parameters in 'args'"
+        )
     return function
 
 
-def _makes_another(function: Callable[..., Any]) -> bool:
-    """Return whether a function makes a reward, as ``get_cosine_reward(max_len=1000)`` does."""
-    parameters = _parameters(function)
-    needs_nothing = all(p.default is not p.empty for p in parameters.values())
-    return needs_nothing and not RESPONSES & parameters.keys()
+def _sees_responses(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_all or not parameters.keys().isdisjoint(RESPONSES)
+
+
+def _has_default(parameter: inspect.Parameter) -> bool:
+    return parameter.default is not parameter.empty
 
 
 def style_of(function: Callable[..., Any]) -> str:
@@ -122,7 +125,7 @@ class Scorer:
                 name
                 for name, p in self.parameters.items()
                 if p.default is p.empty
-                and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
                 and name not in given
             ]
             if lacking:
@@ -136,7 +139,11 @@ class Scorer:
             return _failed(error, rows)
 
     def _call(self, given: Mapping[str, Any]) -> Any:
-        result = self.function(**given)
+        placed = [p for p in self.parameters.values() if p.kind is p.POSITIONAL_ONLY]
+        named = given.keys() - {p.name for p in placed}
+        result = self.function(
+            *(given.get(p.name, p.default) for p in placed), **{name: given[name] for name in named}
+        )
         return self.loop.run_until_complete(result) if inspect.isawaitable(result) else result
 
     def _given(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,8 +66,11 @@ def try_out(
 
 
 def _built(path: str, args: str, deadline_s: float) -> "RewardFunction":
+    from align.recipe.own_code import problem_of
     from reward_models import build_reward
 
+    if ":" in path and (problem := problem_of(path)):
+        raise RecipeError(problem)
     try:
         given = json.loads(args)
         if ":" not in path:

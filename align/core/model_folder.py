@@ -1,6 +1,7 @@
 """Check a model's folder by its JSON files alone, without torch and before any weight is read."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ TOKENIZER_CLASSES = {
     **dict.fromkeys(("LlamaTokenizer", "CodeLlamaTokenizer", "GPT2Tokenizer"), ("pad_token",)),
 }
 """Classes of transformers, and the tokens for which they have no default."""
+_TEXTS = ("id2label", "label2id", "task_specific_params", "finetuning_task", "tags")
+"""Keys of a configuration whose texts may look like numbers, besides versions and paths (``_``)."""
+_QUOTED = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false", re.IGNORECASE)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -56,6 +60,7 @@ def check_files(path: str, *, causal: bool = True) -> dict[str, Any]:
             "original weights (tuning.method: qlora quantizes them itself)."
         )
     _check_dtype(config, f"{folder / CONFIG}")
+    _refuse_quoted(config, f"{folder / CONFIG}")
     _check_weights(folder)
     return config
 
@@ -71,6 +76,24 @@ def _check_dtype(config: dict[str, Any], where: str) -> None:
     for name, part in config.items():
         if name.endswith("_config") and isinstance(part, dict):
             _check_dtype(part, f"{where}: {name}")
+
+
+def _refuse_quoted(value: object, where: str) -> None:
+    """Raise if a number, true or false of a configuration is written as text.
+
+    Some are used as they are, and others fail wherever they are read first.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _TEXTS and not key.startswith("_") and not key.endswith("version"):
+                _refuse_quoted(inner, f"{where}: {key}")
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_quoted(inner, where)
+    elif isinstance(value, str) and _QUOTED.fullmatch(value):
+        raise ArtifactError(
+            f"{where}: {value!r} is text; expected {value.lower()}, without quotes. Correct it."
+        )
 
 
 def _check_weights(folder: Path) -> None:

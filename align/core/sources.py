@@ -24,6 +24,9 @@ A ``path`` is one in a block of ``kind: python``.
 """
 
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def extensions() -> list[str]:
     """Return the modules that register kinds: of the environment variable, then of packages."""
     named = map(str.strip, os.environ.get(EXTENSIONS, "").split(","))
@@ -124,20 +127,39 @@ def source_file(path: str) -> Path | None:
 
 
 def source_names(file: Path) -> list[str] | None:
-    """Return the names that a module binds at its top level; None if it cannot be parsed."""
+    """Return the names that a module binds at its top level; None if it cannot be parsed.
+
+    ``*`` is among them if the module imports all names of another one.
+    """
     try:
-        tree = ast.parse(file.read_bytes())
+        waiting: list[ast.AST] = [ast.parse(file.read_bytes())]
     except (SyntaxError, ValueError):
         return None
     found: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+            # What is inside of it are its own names, except those that it declares global.
             found.append(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            inside = [n for n in ast.walk(node) if isinstance(n, ast.Global)]
+            found += [name for declared in inside for name in declared.names]
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.append(node.id)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             found += [alias.asname or alias.name for alias in node.names]
+        waiting += ast.iter_child_nodes(node)
     return found
+
+
+def methods_of(file: Path, name: str) -> list[str]:
+    """Return ``CLASS.NAME`` for each class at the top level of a module with a method ``name``."""
+    return [
+        f"{node.name}.{name}"
+        for node in ast.parse(file.read_bytes()).body
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(part, _FUNCTIONS) and part.name == name for part in node.body)
+    ]
 
 
 def parameters_of(path: str) -> list[str] | None:
@@ -152,7 +174,7 @@ def parameters_of(path: str) -> list[str] | None:
         return None
     name = path.rpartition(":")[2]
     for node in tree.body if tree else ():
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+        if isinstance(node, _FUNCTIONS) and node.name == name:
             named = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             return [*(arg.arg for arg in named), *(["**"] if node.args.kwarg else [])]
     return None

@@ -45,6 +45,15 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+_VARIABLE = re.compile(r"^~(?=/|$)|\$([A-Za-z_]\w*)|%([A-Za-z_]\w*)%")
+
+
+def unexpanded(path: str) -> str:
+    """Return how a recipe writes the variables in a path that nothing expands; "" without any."""
+    written = _VARIABLE.sub(lambda m: "${" + (m[1] or m[2] or "HOME") + "}", path)
+    return f"; write {written}: a recipe expands ${{NAME}} only" if written != path else ""
+
+
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 )

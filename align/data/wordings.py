@@ -25,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.core import bounded_yaml
 from align.core.errors import DataError
+from align.core.text import unexpanded
 from align.core.types import Turn
 from align.data.reading.read_log import note
 from reward_models.limits import LimitError, check_length, template_limits
@@ -102,7 +103,9 @@ def read_wordings(path: str) -> Sequence[Wording]:
     """
     file = Path(path)
     if not file.is_file():
-        raise DataError(f"{path}: the template file does not exist (relative to {Path.cwd()})")
+        raise DataError(
+            f"{path}: the template file does not exist (relative to {Path.cwd()}){unexpanded(path)}"
+        )
     state = file.stat()
     return _wordings(file, state.st_mtime_ns, state.st_size)
 

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from align.core.errors import AlignError, ArtifactError
-from align.core.model_folder import INDEX, SINGLE, check_files, json_object
+from align.core.model_folder import CONFIG, INDEX, SINGLE, check_files, json_object
 from align.models.decoder import attention_for, form_of
 from align.models.loading import load_tokenizer
 
@@ -86,6 +86,8 @@ def check_folder(path: str, *, causal: bool = True) -> None:
             f"{path}: model_type {kind!r} needs custom Python code "
             "(auto_map), which is never run. Use an architecture of transformers."
         )
+    with one_line(f"{folder / CONFIG}", "a model's configuration"):
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
     _check_formats(folder)
 
 

@@ -23,6 +23,7 @@ from transformers import (
 from align.core import distributed
 from align.core.artifacts import CONFIGS, WEIGHTS, artifact_kind, read_artifact
 from align.core.errors import ArtifactError, TrainingError
+from align.core.text import unexpanded
 from align.models.decoder import SWITCHES, attention_for, form_of, rotary_limit
 from align.models.sharding import load_in_shards
 from reward_models.scalar import SCORER_FILE, STOPS
@@ -40,7 +41,7 @@ def bringing_in(path: str) -> Iterator[None]:
     # A hub id has at most one slash and no leading dot; anything else must be a local folder.
     local = path.startswith(("/", ".", "~")) or path.count("/") > 1
     if local and not Path(path).exists():
-        raise ArtifactError(f"{path}: no such folder. Correct the path.")
+        raise ArtifactError(f"{path}: no such folder. Correct the path{unexpanded(path)}.")
     if not Path(path).exists():
         _refuse_unreachable(path)
     try:

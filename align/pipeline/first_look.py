@@ -15,7 +15,7 @@ from align.core.artifacts import CONFIGS
 from align.core.errors import AlignError, DataError, RecipeError
 from align.core.extras import TRAINING
 from align.core.model_folder import check_files, is_adapter, lacking_of_tokenizer, refuse_unpadded
-from align.core.text import is_hub_id
+from align.core.text import is_hub_id, unexpanded
 from align.pipeline.processes import num_cores
 from align.recipe.schema import BaseStage, DataSpec, Recipe, Spec, StageSpec
 from align.recipe.schema.common import TokenizerSpec
@@ -205,10 +205,10 @@ def _look_at_model(spec: BaseStage | None, path: str, found: FirstLook) -> None:
         ArtifactError: the files cannot be one complete model.
         RecipeError: the tokenizer lacks something that the recipe does not set either.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.is_dir():
         if not is_hub_id(path):
-            raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME")
+            raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME{unexpanded(path)}")
         found.unseen.append(f"models of the hub ({path})")
         return
     found.num_models += 1
@@ -250,7 +250,7 @@ def _look_at_template(name: str, _: FirstLook) -> None:
 
 def _look_at_folder(path: str, _: FirstLook) -> None:
     if not Path(path).is_dir():
-        raise RecipeError(f"{path}: no such folder (from {Path.cwd()})")
+        raise RecipeError(f"{path}: no such folder (from {Path.cwd()}){unexpanded(path)}")
 
 
 def _devices(spec: StageSpec, key: str, num_gpus: int) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.core.text import suggest
+from align.core.text import suggest, unexpanded
 from align.recipe.schema import references
 from align.recipe.source import Key
 from align.recipe.starts import read_mapping
@@ -66,6 +66,7 @@ def path_problem(
             advice = "; import a Hugging Face model with a stage 'kind: base, path: ...'"
         else:
             advice = suggest(name, fitting)
+        advice = unexpanded(name) or advice
         state = (
             "a folder without manifest.json" if folder.is_dir() else "neither a stage nor a folder"
         )

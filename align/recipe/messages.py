@@ -1,7 +1,9 @@
 """Turn pydantic's validation errors into lines with the place, the problem and the fix."""
 
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -9,7 +11,7 @@ from pydantic import BaseModel
 from align.core.text import shown, suggest
 from align.recipe.recipe_text import odd_characters
 from align.recipe.schema import Recipe
-from align.recipe.source import Key, Mark, dotted
+from align.recipe.source import Key, Mark, dotted, plain_scalar
 from reward_models.specs import Variants
 
 ALIASES = {
@@ -48,6 +50,10 @@ ALIASES = {
 MOVED = {"lora": "write 'tuning: {method: lora, rank: ...}' instead"}
 """Keys of earlier versions, with their replacement."""
 
+_WRITTEN = re.compile(r"(?P<number>[-+]?[0-9][0-9_]*(?:\.[0-9]+)?) ?(?P<unit>%|[kM]|)")
+"""A number with underscores between its digits, in percent, or in thousands or millions."""
+_POWERS = {"%": -2, "": 0, "k": 3, "m": 6}
+_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
@@ -225,7 +231,8 @@ def _what(
         return f"found {shown(found)}; expected {_WORDS[number]} {bound}"
     # Values of another type.
     if problem.endswith(("_type", "_parsing", "_from_float", "_size")) or _union_of(kind):
-        hint = "; remove the quotes" if _is_number(found) and kind in (int, float) else ""
+        numbers = [k for k in (kind, *_union_of(kind)) if k in (int, float)]
+        hint = _as_number(found, numbers[0]) if numbers else ""
         if key == ("stages",) and isinstance(found, list):
             hint = " of each stage's name to its settings"
         return f"found {shown(found)}; expected {expected(kind)}{hint}"
@@ -243,14 +250,34 @@ def _number(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-def _is_number(found: object) -> bool:
+def _as_number(found: object, kind: type) -> str:
+    """Return how to write a value where a number is expected; "" if no number can be meant."""
+    if isinstance(found, float) and found.is_integer():
+        return f"; write {found:.0f}"
     if not isinstance(found, str):
-        return False
+        return ""
+    text = found.strip().replace("−", "-")
+    if _reads_as_number(text):
+        # It has quotes around it, or a minus of typography.
+        return "; remove the quotes" if text == found else f"; write {text}"
+    if meant := _WRITTEN.fullmatch(text):
+        number, unit = meant["number"].replace("_", ""), meant["unit"]
+        exact = Decimal(number).scaleb(_POWERS[unit.lower()])
+        if abs(exact) < 2**63 and (kind is float or exact == int(exact)):
+            return f"; write {exact.normalize():f}"
+    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,15}", text):
+        return f"; write {int(text, 16)}"
+    if variable := _VARIABLE.fullmatch(text):
+        return f"; write ${{{variable[1]}}} for the value of an environment variable"
+    return ""
+
+
+def _reads_as_number(text: str) -> bool:
     try:
-        float(found)
-    except ValueError:
+        value = plain_scalar(text)
+    except ValueError:  # beyond the limits of a recipe
         return False
-    return True
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _tags(kind: object) -> str:

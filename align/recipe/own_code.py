@@ -11,11 +11,12 @@ from align.core.sources import (
     code_keys,
     extensions,
     installed_extensions,
+    methods_of,
     parameters_of,
     source_file,
     source_names,
 )
-from align.core.text import suggest
+from align.core.text import suggest, unexpanded
 from align.recipe.source import Key, Source
 
 
@@ -56,7 +57,10 @@ def place_own_code(source: Source, folder: Path) -> None:
 def placed(path: str, folder: Path) -> str:
     """Return ``FILE.py:NAME`` with the file relative to ``folder``; a module stays as it is."""
     place, _, function = path.rpartition(":")
-    return f"{(folder / place).resolve()}:{function}" if place.endswith(".py") else path
+    file = (folder / place).resolve()
+    # A path with a variable that nothing expands stays as it was written, for the message.
+    known = place.endswith(".py") and (file.is_file() or not unexpanded(place))
+    return f"{file}:{function}" if known else path
 
 
 def problem_of(path: str) -> str | None:
@@ -65,14 +69,23 @@ def problem_of(path: str) -> str | None:
     file = source_file(path)
     if file is None:
         where = "no such file" if place.endswith(".py") else "no such module on Python's path"
-        return f"{place}: {where}; expected FILE.py:FUNCTION, from the recipe's folder"
+        return (
+            f"{place}: {where}; expected FILE.py:FUNCTION, from the recipe's folder"
+            f"{unexpanded(place)}"
+        )
     # Only parsed: importing it could run anything, in the process of the command line.
     names = source_names(file)
     if names is None:
         return f"{file} is not valid Python; run: python -m py_compile {file}"
-    if name not in names:
-        return f"{file} has no '{name}'{suggest(name, names)}"
-    return None
+    if name in names or ("*" in names and name.isidentifier()):
+        return None
+    short = name.rpartition(".")[2]
+    if method := name if "." in name else next(iter(methods_of(file, name)), None):
+        return (
+            f"{method} is a part of a class in {file}; expected a function of the module. Add one "
+            f"that calls it (or, for a static method, {short} = {method}) and name it ...:{short}"
+        )
+    return f"{file} has no '{name}'{suggest(name, names)}"
 
 
 def no_judge(path: str) -> str | None:

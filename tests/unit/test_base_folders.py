@@ -74,6 +74,35 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("tie_word_embeddings", "true", "tie_word_embeddings: 'true' is text; expected true,"),
+        ("rope_theta", "1e4", "rope_theta: '1e4' is text; expected 1e4, without quotes"),
+        ("rms_norm_eps", "1e-06", "rms_norm_eps: '1e-06' is text"),
+        ("eos_token_id", ["2"], "eos_token_id: '2' is text"),
+        ("rope_parameters", {"rope_type": "linear", "factor": "8"}, "rope_parameters: factor: '8'"),
+        ("hidden_size", "big", "cannot be read as a model's configuration"),
+        ("num_attention_heads", None, "cannot be read as a model's configuration"),
+    ],
+)
+def test_a_value_of_another_type_is_a_fault_of_the_configuration(
+    folder: Path, key: str, value: object, told: str
+) -> None:
+    set_json(folder, "config.json", **{key: value})
+    line = refused(folder)
+    assert f"{folder}/config.json: {told}" in line
+    assert "tokenizer" not in line
+
+
+def test_texts_of_a_configuration_that_look_like_numbers_are_texts(
+    folder: Path, tmp_path: Path
+) -> None:
+    more = {"id2label": {"0": "1"}, "label2id": {"1": 0}, "model_version": "1.0", "_place": "7"}
+    set_json(folder, "config.json", **more)
+    bring_in(folder, tmp_path / "out", PLAIN)
+
+
 @pytest.mark.parametrize("name", [NORM, Q, "lm_head.weight", "model.embed_tokens.weight"])
 def test_a_missing_weight_is_named(folder: Path, name: str) -> None:
     rewrite(folder, lambda x: {k: v for k, v in x.items() if k != name})

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -152,8 +153,16 @@ def test_missing_files_are_not_taken_for_hub_ids(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", "data/none.jsonl", "none", "/none/there"):
         with pytest.raises(DataError, match="no such file, folder or glob"):
             read(path)
-    with pytest.raises(DataError, match="environment variable in it is not set"):
-        read("${ALIGN_SURELY_UNSET}/x.jsonl")
+    for name in ("${ALIGN_SURELY_UNSET}", "$ALIGN_SURELY_UNSET"):
+        with pytest.raises(DataError, match=rf"variable {re.escape(name)} is not set"):
+            read(f"{name}/x.jsonl")
+
+
+def test_a_name_with_a_dollar_sign_is_no_variable(tmp_path: Path) -> None:
+    (tmp_path / "$PRICES.jsonl").write_text('{"prompt": "a"}\n')
+    assert len(read(tmp_path / "$PRICES.jsonl")) == 1
+    with pytest.raises(DataError, match="no such file, folder or glob"):
+        read(tmp_path / "5$.jsonl")
 
 
 def test_fingerprint_has_the_hash_of_the_bytes_and_the_rows(tmp_path: Path) -> None:

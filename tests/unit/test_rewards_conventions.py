@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from reward_models import build_reward
-from reward_models.base import MissingColumnError
 
 CODE = """
 import numpy as np
@@ -40,6 +39,21 @@ def column(completions, **kwargs):
 
 def table(completions, **kwargs):
     return np.zeros((len(completions), 2))
+
+# Parameters that cannot be passed by name.
+def placed(prompts, completions, /, answer): return length(completions, answer)
+def placed_column(answer, completions, /, scale=2.0, *, sign=1):
+    return [sign * scale * s for s in length(completions, answer)]
+def skipped(lengths=None, completions=(), /, **columns):
+    assert lengths is None and "completions" not in columns, columns
+    return length(completions, columns["answer"])
+def length(completions, answer):
+    return [len(c) * 10.0 + len(a) for c, a in zip(completions, answer)]
+
+# Nothing tells these what a response is.
+def unnamed(*arguments): return [1.0]
+def of_the_row(completion, answer): return [1.0]
+def of_the_prompts(prompts): return [1.0 for _ in prompts]
 """
 
 
@@ -69,8 +83,8 @@ def test_a_function_that_makes_a_reward_is_called_with_the_arguments(code: Path)
     args = {"max_completion_len": 6, "soft_punish_cache": 2}
     punish = own(code, "get_overlong_punishment", args=args)
     assert punish(**rows, completion_ids=[[1] * 4, [1] * 5]) == [0.0, -1.0]
-    with pytest.raises(MissingColumnError, match=r"'max_completion_len'.*set it in 'args'"):
-        own(code, "get_overlong_punishment")(**rows)
+    with pytest.raises(ValueError, match=r"\(max_completion_len, .*set its parameters in 'args'"):
+        own(code, "get_overlong_punishment")
     with pytest.raises(ValueError, match=r"get_nothing has no parameter for responses.* a list"):
         own(code, "get_nothing")
 
@@ -90,3 +104,22 @@ def test_one_column_of_scores_counts_and_two_do_not(code: Path):
     rows = {"prompts": ["?"] * 2, "completions": ["a", "bb"]}
     assert own(code, "column")(**rows) == [1.0, 2.0]
     assert own(code, "table")(**rows) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "scores"),
+    [("placed", [23.0, 14.0]), ("placed_column", [46.0, 28.0]), ("skipped", [23.0, 14.0])],
+)
+def test_parameters_without_a_name_receive_what_theirs_says(
+    code: Path, function: str, scores: list[float]
+):
+    # Ten times the length of the response, and that of the answer: 2 * 10 + 3, 1 * 10 + 4.
+    rows = {"prompts": ["?"] * 2, "completions": ["ab", "c"], "answer": ["two", "four"]}
+    assert own(code, function)(**rows) == scores
+
+
+@pytest.mark.parametrize("function", ["unnamed", "of_the_row", "of_the_prompts"])
+def test_a_function_that_sees_no_response_is_refused(code: Path, function: str):
+    # The row's own column `completion` is what a data set has, not what the model wrote.
+    with pytest.raises(ValueError, match=rf"{function}\(.*no parameter for responses.*completions"):
+        own(code, function)

@@ -28,6 +28,7 @@ _PACKED = (".zst", ".bz2", ".xz", ".lz4", ".zip", ".7z")
 _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
+_UNSET = re.compile(r"\$(?:\{\w+\}|[A-Za-z_]\w*)")
 HUB_TIMEOUT_S = 10.0
 SIDES = ("all", "train", "heldout")
 """Values of ``split`` for data without its own splits; see align/data/split.py."""
@@ -169,8 +170,8 @@ def find_files(path: str) -> list[Path]:
         DataError: the path does not exist and does not look like ``owner/name``.
     """
     expanded = os.path.expanduser(os.path.expandvars(path))
-    if "$" in expanded:
-        raise DataError(f"{path}: an environment variable in it is not set", code="D001")
+    if (unset := _UNSET.search(expanded)) and not os.path.lexists(expanded):
+        raise DataError(f"{path}: the environment variable {unset[0]} is not set", code="D001")
     plain, config, _, split = _choice(path)
     here = Path(plain)
     if here.is_file() or (here.is_symlink() and not here.exists()):

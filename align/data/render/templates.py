@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.core.errors import RecipeError
+from align.core.text import unexpanded
 
 PLAIN = (
     "{{ bos_token or '' }}"
@@ -158,6 +159,7 @@ def template_text(name: str) -> str:
     if not path.is_file():
         raise RecipeError(
             f"tokenizer.chat_template: {name!r} is neither one of {', '.join(FAMILIES)} nor a file"
+            f"{unexpanded(name)}"
         )
     return path.read_text(encoding="utf-8").removeprefix("\ufeff")
 
