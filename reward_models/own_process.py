@@ -37,8 +37,7 @@ TRUTH = ("ground_truth", "answer", "label", "labels", "solution")
 def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function named by ``FILE.py:NAME`` or ``MODULE:NAME``, with its ``args`` bound.
 
-    A class is instantiated with ``args``, and the instance is called. A function that needs nothing
-    but ``args`` and takes no responses makes the function that is returned.
+    A class is instantiated with ``args``, and the instance is called.
     """
     place, _, name = path.rpartition(":")
     if place.endswith(".py"):
@@ -62,32 +61,35 @@ def load(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
     if inspect.isclass(found):
         instance: Any = found(**args)
         return instance
-    function: Callable[..., Any] = partial(found, **args) if args else found
+    return partial(found, **args) if args else found
+
+
+def load_reward(path: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the reward that ``path`` names, or that the function of this name makes.
+
+    A function that takes no responses, and needs nothing but ``args``, makes a reward, as
+    ``get_cosine_reward(max_len=1000)`` does.
+
+    Raises:
+        TypeError: what would be called takes no responses.
+    """
+    function, name = load(path, args), path.rpartition(":")[2]
     parameters = _parameters(function)
-    if not _sees_responses(parameters) and all(_has_default(p) for p in parameters.values()):
-        # ``get_cosine_reward(max_len=1000)`` makes a reward.
-        made: Any = function()
-        if not callable(made):
-            raise TypeError(
-                f"{name} has no parameter for responses ({', '.join(RESPONSES)}), and what it "
-                f"returns, {a_type(made)}, cannot be called"
-            )
-        return made
-    if not _sees_responses(parameters):
-        raise TypeError(
-            f"{name}({', '.join(parameters)}) has no parameter for responses, which are passed by "
-            f"name ({', '.join(RESPONSES)}); if it makes a reward, set its parameters in 'args'"
-        )
-    return function
-
-
-def _sees_responses(parameters: Mapping[str, inspect.Parameter]) -> bool:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return takes_all or not parameters.keys().isdisjoint(RESPONSES)
-
-
-def _has_default(parameter: inspect.Parameter) -> bool:
-    return parameter.default is not parameter.empty
+    if takes_all or not parameters.keys().isdisjoint(RESPONSES):
+        return function
+    responses = f"no parameter for responses ({', '.join(RESPONSES)})"
+    if any(p.default is p.empty for p in parameters.values()):
+        raise TypeError(
+            f"{name}({', '.join(parameters)}) has {responses}, which are passed by name; if it "
+            "makes a reward, set its parameters in 'args'"
+        )
+    made: Any = function()
+    if not callable(made):
+        raise TypeError(
+            f"{name} has {responses}, and what it returns, {a_type(made)}, cannot be called"
+        )
+    return made
 
 
 def style_of(function: Callable[..., Any]) -> str:
@@ -258,7 +260,7 @@ def _failed(error: BaseException, rows: int) -> dict[str, Any]:
 def _prepare() -> tuple[Any, Callable[[Mapping[str, Any]], Any]]:
     told = json.loads(sys.argv[1])
     try:
-        scorer = Scorer(load(told["path"], told["args"]))
+        scorer = Scorer(load_reward(told["path"], told["args"]))
     # Loading runs the user's module, which may raise anything; the parent reports it.
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
