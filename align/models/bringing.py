@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("_orig_mod.", "module.", "model.", "base_model.model.")
+_KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "transformers_version")
+"""Settings for generation that the suite saves itself, or that are none."""
 _HEADS = ("lm_head.", "embed_out.")
 PREFIXES = (*_WRAPPERS, *("".join(pair) for pair in product(_WRAPPERS, repeat=2)))
 """Prefixes that compiled, parallel and wrapped modules add to the names of their weights."""
@@ -343,6 +345,45 @@ def check_stops(path: str, tokenizer: PreTrainedTokenizerBase, *, chosen: bool) 
         f"but {next(f for f in reversed(told) if told[f])} has {other!r} ({known[0]}). Set the "
         f'correct one in the recipe, for example tokenizer: {{stop_token: "{other}"}}'
     )
+
+
+def tell_generation(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Log the settings for generation that are left behind, and warn of those that suppress a stop.
+
+    Stages sample with the settings of their recipe. Of the model's own, only the stop tokens stay.
+    """
+    if (config := model.generation_config) is None:
+        return
+    given = {k: v for k, v in config.to_diff_dict().items() if k not in _KEPT and k[0] != "_"}
+    if not given:
+        return
+    log.info(
+        "%s: not kept of its settings for generation: %s; stages sample with those of their recipe",
+        path,
+        ", ".join(given),
+    )
+    for stop in dict.fromkeys([tokenizer.eos_token_id, *_ids(config.eos_token_id)]):
+        if names := [name for name in given if stop in _suppressed(given[name], name)]:
+            log.warning(
+                "%s: %s in its settings for generation suppresses the stop token %s (%d), so that "
+                "another program may never stop; the setting is not kept",
+                path,
+                " and ".join(names),
+                tokenizer.convert_ids_to_tokens(stop),
+                stop,
+            )
+
+
+def _suppressed(value: Any, name: str) -> list[Any]:
+    """Return the tokens that a setting for generation suppresses."""
+    if name in ("suppress_tokens", "begin_suppress_tokens"):
+        return list(value)
+    if name == "sequence_bias":  # pairs of a sequence of tokens and its bias
+        pairs = value.items() if isinstance(value, dict) else value
+        value = [sequence for sequence, bias in pairs if bias < 0]
+    elif name != "bad_words_ids":
+        return []
+    return [sequence[0] for sequence in value if len(sequence) == 1]
 
 
 def _ids(eos: object) -> list[Any]:

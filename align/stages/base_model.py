@@ -40,6 +40,7 @@ from align.models.bringing import (
     one_line,
     refuse_not_finite,
     settle_ties,
+    tell_generation,
 )
 from align.models.links import save_model
 from align.models.loading import add_embeddings, bringing_in, load_tokenizer
@@ -102,6 +103,7 @@ def _import_model(spec: BaseStage) -> tuple[PreTrainedModel, Any]:
     # The sum of weights and update would be rounded in a base model of bfloat16.
     merged = source != path
     model = load_whole(source, dtype=spec.dtype or ("float32" if merged else None))
+    tell_generation(source, model, tokenizer)
     if merged:
         _add_rows_of_adapter(model, path)
         model = merged_onto(model, path)

@@ -360,6 +360,37 @@ def test_tokenizer_and_config_must_agree_on_the_stop_token(folder: Path) -> None
     assert AutoTokenizer.from_pretrained(model_dir).eos_token == other
 
 
+@pytest.mark.parametrize(
+    ("settings", "suppresses"),
+    [
+        ({"suppress_tokens": [7, "STOP"]}, "suppress_tokens"),
+        ({"begin_suppress_tokens": ["STOP"]}, "begin_suppress_tokens"),
+        ({"bad_words_ids": [[3, 4], ["STOP"]]}, "bad_words_ids"),
+        ({"sequence_bias": [[["STOP"], -10.0]]}, "sequence_bias"),
+        ({"suppress_tokens": ["STOP"], "bad_words_ids": [["STOP"]]}, "bad_words_ids and suppress_"),
+        # Neither another token, nor a longer sequence, nor one that becomes more likely.
+        ({"suppress_tokens": [7], "bad_words_ids": [["STOP", 7], [7, "STOP"]]}, ""),
+        ({"sequence_bias": [[["STOP"], 10.0]], "temperature": 0.6}, ""),
+    ],
+)
+def test_settings_that_suppress_the_stop_token_are_named_and_not_kept(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, suppresses: str
+) -> None:
+    stop = AutoTokenizer.from_pretrained(folder).eos_token_id
+    given = json.loads(json.dumps(settings).replace('"STOP"', str(stop)))
+    set_json(folder, "generation_config.json", **given)
+    caplog.set_level(logging.INFO)
+    model_dir, _ = bring_in(folder, tmp_path / "out", PLAIN)
+    warned = [
+        r.getMessage() for r in caplog.records if "suppresses the stop token" in r.getMessage()
+    ]
+    assert len(warned) == bool(suppresses)
+    assert all(f"{folder}: {suppresses}" in line and f"({stop})" in line for line in warned)
+    (told,) = [r.getMessage() for r in caplog.records if "not kept of its" in r.getMessage()]
+    assert all(name in told for name in given)
+    assert not given.keys() & json.loads((model_dir / "generation_config.json").read_text()).keys()
+
+
 @pytest.mark.parametrize("method", ["ia3", "prompt", "bottleneck"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_frozen_rows_of_new_markers_are_refused(
