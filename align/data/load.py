@@ -191,12 +191,18 @@ def load_one(spec: DataSpec, *, kind: Kind, seed: int, index: int) -> list[Examp
         examples = _load_world(spec, kind=kind, seed=seed)
     else:
         examples = list(read_examples(spec, kind=kind, seed=seed))
-        if spec.rows is not None and spec.rows < len(examples):
-            chosen = _chosen(len(examples), spec.rows, seed=seed, purpose=f"rows/{index}")
-            examples = [examples[i] for i in chosen.tolist()]
+        if (places := sample(len(examples), spec, seed=seed, index=index)) is not None:
+            examples = [examples[i] for i in places.tolist()]
     if not examples:
         raise none_left(spec, kind)
     return examples
+
+
+def sample(size: int, spec: DataSpec, *, seed: int, index: int) -> "NDArray[np.int64] | None":
+    """Return the places that ``rows`` keeps of a source's examples, in order; None for all."""
+    if spec.rows is None or spec.rows >= size:
+        return None
+    return _chosen(size, spec.rows, seed=seed, purpose=f"rows/{index}")
 
 
 def none_left(spec: DataSpec, kind: Kind) -> DataError:

@@ -27,11 +27,24 @@ def row(kind: str, i: int) -> dict[str, Any]:
         return {"prompt": asked, "chosen": good, "rejected": bad}
     if kind == "kto":
         return {"prompt": asked, "completion": good if i % 2 else bad, "label": i % 2 == 1}
+    if kind == "classify":
+        return {"text": question(i), "label": WORDS[i % 3]}
+    if kind == "reward":
+        steps = [{"text": f"step {word}.", "label": i % 2 == 0} for word in WORDS[: 1 + i % 3]]
+        return {"prompt": question(i), "steps": steps}
     weight = {"weight": 0.5} if i % 4 == 0 else {}
     return {"messages": [*asked, *good], **weight, "id": i}
 
 
-KTO = """\
+MORE = """\
+  classify:
+    kind: classify
+    init: base
+    data: [{path: rows.jsonl}]
+    steps: 3
+    batch_size: 8
+    micro_tokens: 256
+    optim: {learning_rate: 1.0e-3}
   kto:
     kind: kto
     init: base
@@ -47,7 +60,7 @@ KTO = """\
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     path = runs.write_recipe(folder)
-    path.write_text(path.read_text(encoding="utf-8") + KTO, encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8") + MORE, encoding="utf-8")
     runs.finish(path, "base", folder / "run")
     return path
 
@@ -60,8 +73,13 @@ def settings(kind: str, folder: Path) -> list[str]:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     if kind == "grpo":
         return [f"stages.grpo.prompts=[{{path: {path}}}]", "stages.grpo.steps=2"]
-    sides = [f"{{path: {path}, split: {side}, heldout_frac: 0.2}}" for side in ("train", "heldout")]
+    more = {"dpo": ", rows: 12", "kto": f", map: '{folder}/own.py:same'"}.get(kind, "")
+    (folder / "own.py").write_text("def same(row): return row\n", encoding="utf-8")
+    source = f"path: {path}, heldout_frac: 0.2{more}"
+    sides = [f"{{{source}, split: {side}}}" for side in ("train", "heldout")]
     found = [f"stages.{kind}.data=[{sides[0]}]", f"stages.{kind}.heldout=[{sides[1]}]"]
+    if kind == "reward":
+        found += ["stages.reward.supervision=steps", "stages.reward.norm_prompts=64"]
     return [*found, f"stages.{kind}.steps=4", f"stages.{kind}.eval_every=2"]
 
 
@@ -83,7 +101,8 @@ def results(run_dir: Path, kind: str) -> list[Any]:
         ("sft", 2),
         ("dpo", 1),
         ("grpo", 1),
-        *(pytest.param(kind, 1, marks=pytest.mark.long) for kind in ("sft", "kto")),
+        ("kto", 1),
+        *(pytest.param(kind, 1, marks=pytest.mark.long) for kind in ("sft", "reward", "classify")),
     ],
 )
 def test_a_stage_trains_to_the_same_bytes(

@@ -8,15 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -38,7 +33,9 @@ from align.data.store.rows import StoredExamples, StoredRows
 from align.preflight.offline import sides_of
 from align.preflight.tokens import prompt_checks, row_checks
 from align.recipe.schema import DataSpec
+from align.stages.classify import class_row
 from align.stages.kto import labeled_row
+from align.stages.reward.stage import _labeled_steps
 from align.training.evidence import row_facts
 
 NUM = 1100  # more than two chunks
@@ -90,6 +87,18 @@ MAKERS = {
     "prompts": (
         lambda i: {"prompt": [{"role": "user", "content": said(i)}], "answer": 2.5 * i, "of": [i]},
         lambda chat: chat.prompt_row,
+    ),
+    "steps": (
+        lambda i: {
+            "prompt": f"{i} {'w' * (i % 40)}",
+            "completions": [f"{k} of {i}" for k in range(1 + i % 3)],
+            "labels": [k + i % 2 == 0 for k in range(1 + i % 3)],
+        },
+        lambda chat: partial(_labeled_steps, chat, "\n"),
+    ),
+    "classes": (
+        lambda i: {"text": said(i), "label": f"class {i % 3}", "id": i},
+        lambda chat: partial(class_row, chat.tokenizer),
     ),
 }
 
@@ -253,8 +262,6 @@ def test_a_key_covers_what_rows_depend_on(chat: ChatFormat, tmp_path: Path) -> N
     write(path, "sft", 21)
     assert len(load(path, chat).examples) == 21
     assert len(folder.stores()) == 5
-    # What no key can cover is made in memory.
-    assert load(path, chat, rows=5).rows is None
     assert source.load_rows([], kind="sft", seed=0, render=chat.sft_row).rows is None
 
 
@@ -293,19 +300,6 @@ def test_prompts_on_both_sides_are_found_as_in_memory(chat: ChatFormat, tmp_path
         check_overlap(list(training.examples), list(heldout.examples))
     assert str(found.value) == str(expected.value)
     assert list(training.sharing_prompts([])) == []
-
-
-def test_columns_of_tables_keep_their_types(chat: ChatFormat, tmp_path: Path) -> None:
-    when = datetime(2026, 11, 27, tzinfo=UTC)
-    table = {"prompt": ["a b", "c"], "when": [when, None], "raw": [b"\0x", b""], "x": [0.1, 2.0]}
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(table), path)
-    specs = [DataSpec(path=str(path))]
-    found = source.load_rows(specs, kind="prompts", seed=0, render=chat.prompt_row, processes=0)
-    expected = load_examples(specs, kind="prompts", seed=0)
-    assert list(found.examples) == expected
-    for value in (when, when.astimezone(ZoneInfo("Asia/Tokyo")), b"\0x", Decimal("1.50"), "\ud800"):
-        assert value_of(record(value)) == value
 
 
 @pytest.mark.parametrize("name", ["ids", "trained", "shells", "examples", "meta.json"])

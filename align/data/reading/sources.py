@@ -16,7 +16,7 @@ from align.core.extras import require
 from align.core.text import is_hub_id, suggest
 from align.data.reading import bounds
 from align.data.reading.json import Item, Row
-from align.data.reading.read_log import note_rows, num_rows, parsed_sha256
+from align.data.reading.read_log import note, note_rows, num_rows, parsed_sha256
 from align.data.reading.readers import plain_row, scan
 from align.data.reading.splits import files_of, is_hidden, several_splits, splits_of
 
@@ -34,6 +34,8 @@ SIDES = ("all", "train", "heldout")
 """Values of ``split`` for data without its own splits; see align/data/split.py."""
 _shared: dict[str, list[Item] | None] = {}
 """Files whose rows are kept once they are parsed; None until then."""
+_opened: dict[str, Any] | None = None
+"""Data sets of the hub that are open, by name; None outside of ``open_once``."""
 
 
 @contextmanager
@@ -44,6 +46,17 @@ def parse_once(files: Iterable[Path]) -> Iterator[None]:
         yield
     finally:
         _shared.clear()
+
+
+@contextmanager
+def open_once() -> Iterator[None]:
+    """Keep the data sets of the hub open inside the block, so that each is asked for once."""
+    global _opened
+    before, _opened = _opened, {}
+    try:
+        yield
+    finally:
+        _opened = before
 
 
 def named_source(
@@ -136,11 +149,9 @@ def read_rows(path: str) -> Iterator[tuple[Row, str]]:
 def scan_rows(path: str) -> Iterator[Item]:
     """Yield rows as ``read_rows`` does, with an error in place of each row that cannot be read."""
     files = find_files(path)
-    if not files:
-        yield from _read_hub(path)
-    for file in files:
+    for file in files or [Path(path)]:
         count = 0
-        for row, source in _items(file):
+        for row, source in _items(file) if files else _read_hub(path):
             count += not isinstance(row, DataError)
             yield row, source
         note_rows(file, count)
@@ -196,17 +207,11 @@ def find_files(path: str) -> list[Path]:
 def data_fingerprint(path: str) -> list[dict[str, Any]]:
     """Return the path, sha256 and number of rows of every file of a data source, for manifests.
 
-    The hash covers the bytes that were parsed; files that were not read yet are read here.
+    The hash covers the bytes that were parsed, and for a hub id its rows. What was not read yet is
+    read here.
     """
-    files = find_files(path)
-    if not files:
-        digest, rows = hashlib.sha256(), 0
-        for row, _ in read_rows(path):
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8"))
-            rows += 1
-        return [{"path": path, "sha256": digest.hexdigest(), "rows": rows}]
     prints = []
-    for file in files:
+    for file in find_files(path) or [Path(path)]:
         # Normally the rows were read before training; the log then has hash and count.
         if num_rows(file) is None:
             for _ in read_rows(str(file)):
@@ -260,7 +265,37 @@ def _known(path: Path) -> Path:
     return path
 
 
+def hub_files(path: str) -> list[Path]:
+    """Return the Arrow files with the rows of a hub id, which the datasets library keeps.
+
+    Raises:
+        DataError: as for its rows.
+    """
+    return [Path(entry["filename"]) for entry in _open_hub(path).cache_files]
+
+
 def _read_hub(path: str) -> Iterator[Item]:
+    try:
+        data = _open_hub(path)
+    except DataError as error:
+        yield error, path
+        return
+    digest = hashlib.sha256()
+    for number, given in enumerate(data, start=1):
+        row = plain_row(dict(given))
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8"))
+        yield row, f"{path}:row {number}"
+    note(Path(path), digest.hexdigest())
+
+
+def _open_hub(path: str) -> Any:
+    """Return a data set of the hub; its rows stay in the files of the datasets library.
+
+    Raises:
+        DataError: it cannot be loaded, or it has several splits and none is selected.
+    """
+    if _opened is not None and path in _opened:
+        return _opened[path]
     require(f"{path}: reading a hub id", "datasets")
     import datasets
 
@@ -269,14 +304,12 @@ def _read_hub(path: str) -> Iterator[Item]:
         if split is None:
             known = list(datasets.get_dataset_split_names(name, config, revision=revision))
             if len(known) > 1:
-                yield several_splits(path, known), path
-                return
+                raise several_splits(path, known)
             split = known[0]
         _check_unpacking(name, config=config, revision=revision)
         data = datasets.load_dataset(name, config, split=split, revision=revision)
-    except DataError as error:
-        yield error, path
-        return
+    except DataError:
+        raise
     except Exception as error:  # the hub client raises types of several libraries
         told = " ".join(str(error).split())
         message = (
@@ -284,10 +317,10 @@ def _read_hub(path: str) -> Iterator[Item]:
             "the name, log in if it is private (hf auth login), or download the dataset on a "
             "machine with network access and use its folder"
         )
-        yield DataError(message, code="D011"), path
-        return
-    for number, row in enumerate(data, start=1):
-        yield plain_row(dict(row)), f"{path}:row {number}"
+        raise DataError(message, code="D011") from error
+    if _opened is not None:
+        _opened[path] = data
+    return data
 
 
 def _check_unpacking(name: str, *, config: str | None, revision: str | None) -> None:

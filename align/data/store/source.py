@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from align.core.artifacts import file_sha256
 from align.core.errors import DataError
@@ -31,23 +32,26 @@ from align.data.load import (
     mix,
     none_left,
     read_examples,
+    sample,
     source_of,
     split_keys,
+    with_labels_file,
 )
 from align.data.reading import read_log
 from align.data.reading.bounds import is_large
-from align.data.reading.sources import find_files
+from align.data.reading.sources import find_files, hub_files, open_once
 from align.data.render.chat import ChatFormat
 from align.data.render.token_text import plain_backend
 from align.data.store.build import Render, build_store
 from align.data.store.collect import collected
+from align.data.store.columns import Mark, record
 from align.data.store.folder import open_or_build, remove
 from align.data.store.rows import Ints, Listed, Part, Store, StoredExamples, StoredRows
 from align.recipe.schema import DataSpec
 from reward_models.limits import many_rows
 
 log = logging.getLogger(__name__)
-KINDS = ("sft", "preference", "unpaired", "prompts")
+KINDS = ("sft", "preference", "unpaired", "prompts", "steps", "classes")
 """Kinds of rows that stores have a layout for."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2", "numpy", "pyarrow", "align-suite")
 _ROOT = Path(__file__).resolve().parents[3]
@@ -86,18 +90,18 @@ def load_rows(
     Raises:
         DataError: see ``load_examples`` and ``render``; or the stores cannot be written.
     """
-    files = [_large_files(spec, kind=kind, render=render) for spec in specs]
-    if not any(files):
-        return Loaded(load_examples(specs, kind=kind, seed=seed, mix_cap=mix_cap))
-    parts: list[Part] = []
-    for i, (spec, found) in enumerate(zip(specs, files, strict=True)):
-        if found:
-            build = partial(_store, kind=kind, seed=seed, render=render, processes=processes)
-            parts.append(build(spec, found))
-        else:
-            parts.append(Listed(load_one(spec, kind=kind, seed=seed, index=i), render))
+    # Inside the block a data set of the hub is opened once, to see how large it is and to read it.
+    with open_once():
+        named = [with_labels_file(spec, kind) for spec in specs]
+        files = [_large_files(spec, kind=kind, render=render) for spec in named]
+        if not any(files):
+            return Loaded(load_examples(specs, kind=kind, seed=seed, mix_cap=mix_cap))
+        load = partial(_part, kind=kind, seed=seed, render=render, processes=processes)
+        found = [load(*both, index=i) for i, both in enumerate(zip(named, files, strict=True))]
+    parts = [part for part, _ in found]
     # Stored and listed rows are mixed alike: by their numbers, without reading a row.
-    places = mix([len(part.lengths) for part in parts], specs, seed=seed, mix_cap=mix_cap)
+    mixed = mix([len(kept) for _, kept in found], specs, seed=seed, mix_cap=mix_cap)
+    places = [kept[chosen] for (_, kept), chosen in zip(found, mixed, strict=True)]
     owners = np.repeat(np.arange(len(parts), dtype=np.uint16), list(map(len, places)))
     joined = np.concatenate(places).astype(np.int64)
     return Loaded(StoredExamples(parts, owners, joined), StoredRows(parts, owners, joined))
@@ -134,20 +138,89 @@ def chosen(examples: Sequence[Example], places: Sequence[int] | Ints) -> Sequenc
 
 def _large_files(spec: DataSpec, *, kind: Kind, render: Render) -> list[Path]:
     """Return the files of a source whose rows have a store, else none."""
-    # A function of the user may read anything, so its rows cannot be known to be the same again.
-    if spec.path is None or spec.map is not None or spec.rows is not None or kind not in KINDS:
+    if spec.path is None or kind not in KINDS:
         return []
-    if (chat := _chat_of(render)) is None or plain_backend(chat.tokenizer) is None:
+    if (tokenizer := _tokenizer_of(render)) is None or plain_backend(tokenizer) is None:
         return []
-    files = find_files(source_of(spec)[0])
+    name = source_of(spec)[0]
+    files = find_files(name) or hub_files(name)
     return files if is_large(files) else []
 
 
-def _chat_of(render: Render) -> ChatFormat | None:
-    """Return the renderer behind a method of it, or behind a function that was given it."""
-    given = render.args if isinstance(render, partial) else (getattr(render, "__self__", None),)
-    found = [part for part in given if isinstance(part, ChatFormat)]
-    return found[0] if len(found) == 1 == len(given) else None
+def _given(render: Render) -> tuple[Any, ...]:
+    """Return what a renderer was given before it gets an example."""
+    return render.args if isinstance(render, partial) else (getattr(render, "__self__", None),)
+
+
+def _tokenizer_of(render: Render) -> Any:
+    """Return the tokenizer of a renderer; None if its rows may depend on something unknown."""
+    first, *others = _given(render)
+    # Text is all that a key covers beside the tokenizer; see ``_render_key``.
+    known = all(isinstance(other, str) for other in others)
+    tokenizer = first.tokenizer if isinstance(first, ChatFormat) else first
+    return tokenizer if known else None
+
+
+def _part(
+    spec: DataSpec,
+    files: Sequence[Path],
+    *,
+    index: int,
+    kind: Kind,
+    seed: int,
+    render: Render,
+    processes: int | None,
+) -> tuple[Part, Ints]:
+    """Return the rows of a source, and the places of those that its ``rows`` keeps."""
+    if not files:
+        listed = Listed(load_one(spec, kind=kind, seed=seed, index=index), render)
+        return listed, np.arange(len(listed.lengths))
+    store = _store(spec, files, kind=kind, seed=seed, render=render, processes=processes)
+    kept = sample(len(store.lengths), spec, seed=seed, index=index)
+    return store, np.arange(len(store.lengths)) if kept is None else kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What the rows of a store come from.
+
+    Attributes:
+        read: files with the rows, or the hub id, as ``read_log`` names them.
+        hashes: sha256 of each file; for a hub id, of the files of the datasets library.
+        made: hash of the examples if a function of the user makes them, else None.
+    """
+
+    read: Sequence[Path]
+    hashes: Mapping[str, str]
+    made: str | None
+
+    def check(self, spec: DataSpec, examples: Mark) -> None:
+        """Raise a DataError if the rows that were read are others than those of the key."""
+        for file in self.read:
+            parsed = read_log.parsed_sha256(file)
+            if parsed != self.hashes.get(str(file), parsed):
+                raise DataError(
+                    f"{file}: changed while its rows were read. Do not change it during a run, and "
+                    "run the command again"
+                )
+        if self.made not in (None, examples.hash):
+            raise DataError(
+                f"{spec.path}: map {spec.map}: made other rows when it was called again. What it "
+                "makes of a row may depend on the row alone: give its random numbers a seed"
+            )
+
+
+def _origin(spec: DataSpec, files: Sequence[Path], *, kind: Kind, seed: int) -> _Origin:
+    name = source_of(spec)[0]
+    hashes = {str(file): read_log.expected(file) or file_sha256(file) for file in files}
+    made = None
+    if spec.map is not None:
+        # The function may read anything, so only what it makes shows whether it is the same again.
+        digest = xxhash.xxh3_128()
+        for example in read_examples(spec, kind=kind, seed=seed):
+            digest.update(record(example))
+        made = digest.hexdigest()
+    return _Origin(find_files(name) or [Path(name)], hashes, made)
 
 
 def _store(
@@ -160,9 +233,8 @@ def _store(
     processes: int | None,
 ) -> Store:
     """Return the store of a large source; it is built if it is missing or damaged."""
-    hashes = {str(file): read_log.expected(file) or file_sha256(file) for file in files}
-    key = _key(spec, hashes, kind=kind, seed=seed, render=render)
-
+    origin = _origin(spec, files, kind=kind, seed=seed)
+    key = _key(spec, origin, kind=kind, seed=seed, render=render)
     lines: list[tuple[int, str]] = []
 
     def build(folder: Path) -> dict[str, Any]:
@@ -174,14 +246,8 @@ def _store(
                 render=render,
                 processes=len(os.sched_getaffinity(0)) if processes is None else processes,
             )
-        for file in files:
-            # The key of the store has the hashes from before its rows were read.
-            if read_log.parsed_sha256(file) != hashes[str(file)]:
-                raise DataError(
-                    f"{file}: changed while its rows were read. Do not change it during a run, and "
-                    "run the command again"
-                )
-        read = [[str(f), hashes[str(f)], read_log.num_rows(f)] for f in files]
+        origin.check(spec, meta["columns"]["examples"])
+        read = [[str(f), read_log.parsed_sha256(f), read_log.num_rows(f)] for f in origin.read]
         return {"source": spec.path, "kind": kind, **meta, "files": read, "log": lines}
 
     folder, meta = open_or_build(key, build)
@@ -193,7 +259,7 @@ def _store(
         store = _opened(folder, meta)
     if store is None:
         raise DataError(f"{folder}: cannot be read back as it was written. Check the disk")
-    if not lines:
+    if not lines and origin.made is None:
         # Warnings about the data belong to every run, also to one that did not parse it.
         _tell_again(meta)
     if not len(store.lengths):
@@ -219,15 +285,14 @@ def _tell_again(meta: Mapping[str, Any]) -> None:
         read_log.note_rows(Path(path), num)
 
 
-def _key(
-    spec: DataSpec, hashes: Mapping[str, str], *, kind: Kind, seed: int, render: Render
-) -> str:
+def _key(spec: DataSpec, origin: _Origin, *, kind: Kind, seed: int, render: Render) -> str:
     """Return the key of a source's store."""
     # Weight and the other ignored settings choose among rows and do not change them.
     read = spec.model_dump(mode="json", exclude={"weight", "rows"})
     template = None if spec.templates is None else file_sha256(Path(spec.templates))
     parts = {
-        "files": list(hashes.items()),
+        "files": list(origin.hashes.items()),
+        "made": origin.made,
         "spec": read,
         "templates": [template, seed if spec.templates is not None else None],
         "kind": kind,
@@ -239,9 +304,8 @@ def _key(
 
 def _render_key(render: Render) -> list[Any]:
     """Return what the rows depend on beside the examples."""
-    chat = _chat_of(render)
-    assert chat is not None
-    tokenizer: Any = chat.tokenizer
+    tokenizer = _tokenizer_of(render)
+    first, *others = _given(render)
     function = render.func if isinstance(render, partial) else render
     template = str(tokenizer.chat_template)
     return [
@@ -251,7 +315,8 @@ def _render_key(render: Render) -> list[Any]:
         template,
         # A template may write the date into its text.
         datetime.now().astimezone().date().isoformat() if "strftime_now" in template else None,
-        list(chat.stop_token_ids),
+        others,
+        list(first.stop_token_ids) if isinstance(first, ChatFormat) else None,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     ]
 
