@@ -25,7 +25,7 @@ data = typer.Typer(help="Check, show and convert data files.", no_args_is_help=T
 
 Kind = Literal["sft", "preference", "unpaired", "prompts", "math", "corpus"]
 DataPath = Annotated[
-    str, typer.Argument(metavar="PATH", help="file, folder, glob, hub id, or - for stdin")
+    str, typer.Argument(metavar="PATH", help="file, folder, glob, URL, hub id, or - for stdin")
 ]
 KindOption = Annotated[
     Kind | None, typer.Option("--kind", help="purpose of the rows (default: detected)")
@@ -289,7 +289,7 @@ def show(
 @data.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="IN", help="file, folder, glob or hub id, as in a recipe")
+        str, typer.Argument(metavar="IN", help="file, folder, glob, URL or hub id, as in a recipe")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=".jsonl, .json, .csv, .parquet ...")],
     to: Annotated[

@@ -80,7 +80,7 @@ def init(
     model: Annotated[str | None, typer.Option(metavar="MODEL", help=MODEL_HELP)] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="PATH", help="file, folder or hub id; repeatable"),
+        typer.Option("--data", metavar="PATH", help="file, folder, URL or hub id; repeatable"),
     ] = None,
     name: Annotated[str, typer.Option(help="name of the run, and of the file")] = "my-run",
     tuning: Annotated[

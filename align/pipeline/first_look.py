@@ -164,10 +164,15 @@ def _look_at(source: DataSpec, kind: Kind | None, found: FirstLook) -> None:
         return
     from align.data.formats.detect import FormatDetector, to_examples
     from align.data.load import rename_fields, source_of, with_labels_file
+    from align.data.reading.remote import check_url, is_remote
     from align.data.reading.sources import find_files, read_rows
 
     source = with_labels_file(source, kind or "prompts")
     assert source.path is not None
+    if is_remote(source.path):  # seen when its stage downloads it
+        check_url(source.path)
+        found.unseen.append(f"data at {source.path}")
+        return
     if not find_files(source.path):
         if not is_hub_id(source.path):
             next(read_rows(source.path), None)  # raises: nothing is there

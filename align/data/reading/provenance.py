@@ -10,6 +10,7 @@ from align.core.artifacts import file_record
 from align.core.errors import DataError
 from align.data.labels import snapshot_files
 from align.data.reading.bounds import is_large
+from align.data.reading.remote import is_remote
 from align.data.reading.sources import find_files, hub_revision, named_source
 from align.recipe.schema import DataSpec, Spec
 
@@ -94,7 +95,7 @@ def _data_files(spec: DataSpec) -> dict[str, Path]:
         if spec.labels is not None:
             return {str(file): file for file in snapshot_files(spec.labels)}
         name = str(spec.path)
-        if Path(os.path.expanduser(os.path.expandvars(name))).is_dir():
+        if is_remote(name) or Path(os.path.expanduser(os.path.expandvars(name))).is_dir():
             choice = {"config": spec.config, "revision": spec.revision, "split": spec.split}
             name, _ = named_source(name, **choice)
         return {str(file): file for file in find_files(name)}

@@ -18,6 +18,7 @@ from align.data.reading import bounds
 from align.data.reading.json import Item, Row
 from align.data.reading.read_log import note, note_rows, num_rows, parsed_sha256
 from align.data.reading.readers import plain_row, scan
+from align.data.reading.remote import is_remote, local_copy
 from align.data.reading.splits import files_of, is_hidden, several_splits, splits_of
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ _CHOICE = re.compile(
     r"^(?P<path>.+?)(?:@(?P<revision>[\w./-]+?))?(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$"
 )
 _UNSET = re.compile(r"\$(?:\{\w+\}|[A-Za-z_]\w*)")
+_REMOTE_CHOICE = re.compile(r"^(?P<path>.+?)(?:#(?P<config>[\w.-]+))?(?::(?P<split>[\w.-]+))?$")
 HUB_TIMEOUT_S = 10.0
 SIDES = ("all", "train", "heldout")
 """Values of ``split`` for data without its own splits; see align/data/split.py."""
@@ -70,6 +72,8 @@ def named_source(
     Raises:
         DataError: the split does not exist.
     """
+    if revision and is_remote(path):
+        raise DataError(f"{path}: 'revision' is for hub ids; write it into the URL", code="D013")
     name = path + (f"@{revision}" if revision else "") + (f"#{config}" if config else "")
     if split == "all":
         return name, split
@@ -113,6 +117,8 @@ def own_splits(name: str) -> list[str]:
 def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
     """Return the path, configuration, revision and split from the name of a source."""
     expanded = os.path.expanduser(os.path.expandvars(name))
+    if is_remote(expanded):
+        return _remote_choice(expanded)
     # A file whose name contains @, # or : is taken literally.
     if Path(expanded).exists() or (found := _CHOICE.match(expanded)) is None:
         return expanded, None, None, None
@@ -122,16 +128,28 @@ def _choice(name: str) -> tuple[str, str | None, str | None, str | None]:
     return expanded, None, None, None
 
 
+def _remote_choice(url: str) -> tuple[str, str | None, str | None, str | None]:
+    """Return the parts of a URL's name, with the path of the copy instead of the URL."""
+    found = _REMOTE_CHOICE.match(url)
+    assert found is not None
+    copy = local_copy(found["path"], wanted=suffix_of)
+    if Path(copy).is_dir():
+        return copy, found["config"], None, found["split"]
+    # What follows the name of a file would choose in it, which only folders allow.
+    return copy + url[len(found["path"]) :], None, None, None
+
+
 def read_rows(path: str) -> Iterator[tuple[Row, str]]:
     """Yield every row of a data source together with its ``file:line`` (or ``file:row N``).
 
     Args:
-        path: a file, a folder, a glob, or a hub id ``owner/name`` if no file or folder has that
-            name. Files are jsonl, json, csv or tsv with any separator, parquet, arrow or txt; text
-            files may be gzipped. The file type is detected from the content, not the name. For a
-            folder, all such files in it are read that are not hidden, sorted by name; if it has
-            several splits, one must be selected. Folders and hub ids accept ``@revision``,
-            ``#config`` and ``:split`` after the name. Environment variables are expanded.
+        path: a file, a folder, a glob, a URL of one of these (see ``remote``), or a hub id
+            ``owner/name`` if no file or folder has that name. Files are jsonl, json, csv or tsv
+            with any separator, parquet, arrow or txt; text files may be gzipped. The file type is
+            detected from the content, not the name. For a folder, all such files in it are read
+            that are not hidden, sorted by name; if it has several splits, one must be selected.
+            Folders and hub ids accept ``@revision``, ``#config`` and ``:split`` after the name,
+            folders at a URL the last two. Environment variables are expanded.
 
     Returns:
         Dictionaries, or strings for .txt files. Their documents end at lines with only
@@ -184,6 +202,8 @@ def find_files(path: str) -> list[Path]:
     if (unset := _UNSET.search(expanded)) and not os.path.lexists(expanded):
         raise DataError(f"{path}: the environment variable {unset[0]} is not set", code="D001")
     plain, config, _, split = _choice(path)
+    if is_remote(expanded):
+        expanded = plain
     here = Path(plain)
     if here.is_file() or (here.is_symlink() and not here.exists()):
         return [_known(here)]

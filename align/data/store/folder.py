@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from align.core.artifacts import read_json_object
 from align.core.errors import AlignError, DataError
+from align.core.locks import held
 from align.core.storage import storage_problem
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,6 @@ LARGEST = "ALIGN_CACHE_GIB"
 LARGEST_GIB = 50.0
 META = "meta.json"
 _BUILDING = ".building-"
-_POLL_S = 0.2
 
 
 def cache_folder() -> Path:
@@ -53,8 +51,9 @@ def open_or_build(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Pa
     if (meta := read_json_object(final / META)) is not None:
         return _used(final), meta
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _lock(root, key):
+        # A fixed number of files for locks, since removing one would let two processes in.
+        lock = root / "locks" / key[:2]
+        with held(lock, waiting="waiting for another process that tokenizes the rows"):
             # Another process may have built it while this one waited.
             if (meta := read_json_object(final / META)) is not None:
                 return _used(final), meta
@@ -97,30 +96,6 @@ def _used(folder: Path) -> Path:
     except OSError:  # a folder that may only be read
         log.debug("%s: its last use cannot be noted", folder)
     return folder
-
-
-@contextmanager
-def _lock(root: Path, key: str) -> Iterator[None]:
-    """Lock a store inside the block; the system frees the lock of a process that dies."""
-    # A fixed number of files, since removing one would let two processes in.
-    path = root / "locks" / key[:2]
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as f:
-        told = False
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    log.info("waiting for another process that tokenizes the rows")
-                    told = True
-                time.sleep(_POLL_S)
-            except OSError as error:
-                # File systems without locks: each process builds, and the first to finish wins.
-                log.info("%s: no locks on this file system: %s", root, error.strerror)
-                break
-        yield
 
 
 def stores() -> list[tuple[Path, dict[str, Any], int]]:

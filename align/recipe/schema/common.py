@@ -19,11 +19,11 @@ def _as_tuple(value: object) -> Any:
 
 
 class DataSpec(Spec):
-    """One data source: a file, glob, folder or hub id (``path``), an earlier ``stage`` that
+    """One data source: a file, glob, folder, URL or hub id (``path``), an earlier ``stage`` that
     writes data, exported ``labels``, or the synthetic ``world``."""
 
     path: str | None = None
-    """File, glob, folder or hub id."""
+    """File, glob, folder, URL (docs/file-formats.md) or hub id."""
     stage: Annotated[str | None, Ref("data")] = None
     """Earlier stage that writes data."""
     labels: Annotated[
