@@ -226,3 +226,21 @@ def test_broken_element_of_an_array_has_its_line_and_column(
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.json:{place}: broken JSON"):
         list(read_rows(str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize(("depth", "fits"), [(99, True), (100, False), (700, False), (5000, False)])
+@pytest.mark.parametrize("wide", [1, 200])
+def test_rows_nested_too_deeply_are_refused_with_their_line(
+    tmp_path: Path, name: str, depth: int, fits: bool, wide: int
+) -> None:
+    deep = "[" * (depth - 1) + ", ".join(["{}"] * wide) + "]" * (depth - 1)
+    row = f'{{"prompt": "a", "x": {deep}}}'
+    text = f'{{"prompt": "b"}}\n{row}\n' if name == "x.jsonl" else f'[{{"prompt": "b"}},\n{row}]'
+    (tmp_path / name).write_text(text)
+    if fits:  # the row itself is the first level
+        assert len(read(tmp_path / name)) == 2
+        return
+    with pytest.raises(DataError, match=rf"{name}:2: lists and objects nested more than 100") as e:
+        read(tmp_path / name)
+    assert e.value.code == "D039"

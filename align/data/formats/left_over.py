@@ -10,8 +10,9 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text
+from align.data.formats.fields import fields_inside, outer_of
 from align.data.formats.questions import prompt_of
-from align.data.formats.turns import fields_inside, plain_name, shown
+from align.data.formats.turns import plain_name, shown
 from align.recipe.schema.formats import ASKED, FORMATS, Kind
 
 QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
@@ -77,7 +78,7 @@ def check_left_over(
     if not lost:
         return
     them = "it" if len(lost) == 1 else "them"
-    outer = dict.fromkeys(key.partition(".")[0] if key in inner else key for key in lost)
+    outer = dict.fromkeys(outer_of(key) if key in inner else key for key in lost)
     aside = ", ".join(f"{key}: {key}_column" for key in outer)
     use = _remedy(lost, names, them=them, form=form, row=row or {})
     raise DataError(
@@ -122,7 +123,7 @@ def _remedy(
     first = next(iter(lost))
     if names[first] == "answer":
         return f"train it as the answer (rename: {{text: prompt, {first}: completion}}), "
-    if names[first] == "system":
+    if names[first] == "system" and "[" not in first:
         return f"render it as the system turn (rename: {{{first}: system}}), "
     if names[first] in ("other", "whole"):
         return ""

@@ -14,13 +14,12 @@ from typing import Any
 
 from align.core.errors import DataError
 from align.core.types import Example, Text, Turn
+from align.data.formats.fields import fields_inside, is_about_loss, outer_of
 from align.data.formats.left_over import QUESTION_TEXTS, SYSTEM
 from align.data.formats.pairs import as_turns
 from align.data.formats.tools import parsed, schemas_of
 from align.data.formats.turns import (
-    fields_inside,
     guess,
-    is_about_loss,
     is_nothing,
     plain_name,
     refuse_missing,
@@ -179,11 +178,13 @@ def _refuse_inside(columns: Row, given: Row, *, weighs: bool, source: str) -> No
     read = [given[key] for key in WEIGHTS if key in given]
     for key, value in fields_inside(columns):
         if is_about_loss(key.rpartition(".")[2], value) and value not in read:
-            outer = key.partition(".")[0]
+            outer = outer_of(key)
+            # A rename reads a field of an object, but none of a list.
+            alone = "[" not in key and not isinstance(value, list)
             use = f"use it as the weight of the row (rename: {{{key}: weight}}), or "
             raise DataError(
                 f"{source}: {key}: {shown(value)} would be dropped; "
-                f"{use if weighs and not isinstance(value, list) else ''}set the column aside "
+                f"{use if weighs and alone else ''}set the column aside "
                 f"(rename: {{{outer}: {outer}_column}})",
                 code="D045",
             )

@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from math import isfinite
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from align.core.errors import DataError
 from align.core.text import suggest
 from align.core.types import Text, Turn
+from align.data.formats.fields import fields_inside, is_about_loss
 from align.data.formats.missing import is_missing, may_be_missing
 from align.data.formats.tools import call_of, calls_of, is_call, objects_of
 
@@ -65,9 +66,6 @@ _WEIGHTS = (
 )
 _SWITCHES = frozenset(("on", "off", "true", "false", "yes", "no", "enabled", "disabled", "auto"))
 _SWITCHES |= {"none", "low", "medium", "high", "0", "1"}
-_LOSS_WORDS = frozenset(("loss", "losses", "mask", "masks", "masked", "weight", "weights"))
-_LOSS_WORDS |= {"train", "trained", "trainable", "training"}
-_WORD_BORDER = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")
 _USED = (
     *("role", "content", "from", "value"),
     *("tool_calls", "function_call", "tool_call_id", "name"),
@@ -151,29 +149,6 @@ def refuse_missing(value: str, *, where: str) -> None:
             "a part of the row; leave the field empty",
             code="D054",
         )
-
-
-def is_about_loss(key: str, value: object) -> bool:
-    """Return whether a key such as ``loss_mask`` or ``trainOnInputs`` says what is trained."""
-    words = {word.lower() for word in _WORD_BORDER.split(key)}
-    return bool(words & _LOSS_WORDS) and _is_numeric(value)
-
-
-def fields_inside(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the name, ``outer.inner``, and the value of each field inside an object of a row.
-
-    A column that was renamed to ``..._column`` was set aside on purpose.
-    """
-    for key, value in row.items():
-        if isinstance(value, Mapping) and not key.endswith("_column"):
-            yield from ((f"{key}.{name}", item) for name, item in value.items())
-            yield from ((f"{key}.{name}", item) for name, item in fields_inside(value))
-
-
-def _is_numeric(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(_is_numeric(item) for item in value)
-    return isinstance(value, bool | int | float)
 
 
 def to_turns(value: object, *, field: str, source: str) -> list[Turn]:

@@ -13,6 +13,8 @@ from align.data.reading.files import blocks, chunks, decoded
 Row = dict[str, Any] | str
 Item = tuple[Row | DataError, str]
 
+MAX_DEPTH = 100
+"""Limit of lists and objects inside of each other; code walks through rows by recursion."""
 _TAIL_CHARS = 2**16
 """An error farther than this from the end of the buffer is not caused by the end of the buffer."""
 
@@ -23,6 +25,10 @@ def _refuse_constant(name: str) -> None:
 
 class _TwiceError(ValueError):
     """An object has a key twice."""
+
+
+class _DeepError(ValueError):
+    """Lists and objects are nested more than ``MAX_DEPTH`` deep."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,7 +57,9 @@ def parse_lines(block: bytes, first: int, name: str) -> Iterator[Item]:
 
 def _parse(text: str, line: str, source: str) -> Row | DataError:
     try:
-        return _mapping(_DECODER.decode(text), source)
+        row = _DECODER.decode(text)
+        _refuse_deep(row, text, 0, len(text))
+        return _mapping(row, source)
     except json.JSONDecodeError as error:
         column = error.pos + 1 + len(line) - len(line.lstrip())
         message = error.msg + _advice(text, error.pos)
@@ -60,7 +68,23 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
         return _refused(error, source)
 
 
+def _refuse_deep(row: object, text: str, start: int, end: int) -> None:
+    # Few rows have as many brackets.
+    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
+        return
+    level = [row]
+    for _ in range(MAX_DEPTH):
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+    if level:
+        raise _DeepError
+
+
 def _refused(error: Exception, where: str) -> DataError:
+    # The decoder's own limit is above that of rows.
+    if isinstance(error, _DeepError | RecursionError):
+        told = f"{where}: lists and objects nested more than {MAX_DEPTH} deep"
+        return DataError(told, code="D039")
     code = "D036" if isinstance(error, _TwiceError) else "D033"
     return DataError(f"{where}: broken JSON: {error}", code=code)
 
@@ -175,7 +199,9 @@ class _Tape:
         """Return the decoded value that begins at the current position."""
         while True:
             try:
-                row, self.at = _DECODER.raw_decode(self.text, self.at)
+                row, end = _DECODER.raw_decode(self.text, self.at)
+                _refuse_deep(row, self.text, self.at, end)
+                self.at = end
                 return row
             except json.JSONDecodeError as error:
                 before = self.at
