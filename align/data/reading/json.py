@@ -68,7 +68,7 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
         return _refused(error, source)
 
 
-def _refuse_deep(row: object, text: str, start: int, end: int) -> None:
+def _refuse_deep(row: Any, text: str, start: int, end: int) -> None:
     # Few rows have as many brackets.
     if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
         return
