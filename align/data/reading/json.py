@@ -58,7 +58,7 @@ def parse_lines(block: bytes, first: int, name: str) -> Iterator[Item]:
 def _parse(text: str, line: str, source: str) -> Row | DataError:
     try:
         row = _DECODER.decode(text)
-        _refuse_deep(row, text, 0, len(text))
+        _refuse_deep(row, text, start=0, end=len(text))
         return _mapping(row, source)
     except json.JSONDecodeError as error:
         column = error.pos + 1 + len(line) - len(line.lstrip())
@@ -68,7 +68,7 @@ def _parse(text: str, line: str, source: str) -> Row | DataError:
         return _refused(error, source)
 
 
-def _refuse_deep(row: Any, text: str, start: int, end: int) -> None:
+def _refuse_deep(row: Any, text: str, *, start: int, end: int) -> None:
     # Few rows have as many brackets.
     if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
         return
@@ -200,7 +200,7 @@ class _Tape:
         while True:
             try:
                 row, end = _DECODER.raw_decode(self.text, self.at)
-                _refuse_deep(row, self.text, self.at, end)
+                _refuse_deep(row, self.text, start=self.at, end=end)
                 self.at = end
                 return row
             except json.JSONDecodeError as error:
