@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.core.artifacts import cut_links, fsync_directory
+from align.core.artifacts import fsync_directory
 from align.core.model_folder import INDEX, SINGLE
 from align.core.storage import MIB, device_of
 
@@ -75,14 +75,19 @@ def take_over(files: list[Path], out: Path) -> str:
         What was done, for the preflight.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("*.safetensors"), out / INDEX):
-        old.unlink(missing_ok=True)
+    _remove_weights(out)
     size = sum(file.stat().st_size for file in files)
     copied = sum(file.stat().st_size for file in files if not link_or_copy(file, out / file.name))
     fsync_directory(out)
     if copied:
         return f"{_mib(copied)} MiB copied to {device_of(out)}"
     return f"linked to {files[0].parent}, {_mib(size)} MiB not copied"
+
+
+def _remove_weights(folder: Path) -> None:
+    """Remove the weight files of an earlier attempt, which may be links to those of a source."""
+    for old in (*folder.glob("*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
@@ -112,9 +117,9 @@ def save_model(
         What was done, for the preflight.
     """
     files = [] if source is None else unchanged_files(source, state)
-    # Files of an earlier attempt may be links to the source.
-    cut_links(out.parent)
     if not files:
+        # transformers leaves an index where it writes one file, and writes into it otherwise.
+        _remove_weights(out)
         model.save_pretrained(str(out), state_dict=dict(state))
         size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
         return f"{_mib(size)} MiB written as {str(model.dtype).removeprefix('torch.')}"

@@ -265,3 +265,23 @@ def test_saving_over_links_leaves_their_source_as_it_is(source: Path, tmp_path: 
     links.save_model(model, out, state=state, source=None)
     assert not is_linked(source, out)
     assert state_of(source) == before
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_saving_over_shards_leaves_one_set_of_weights(tmp_path: Path, linked: bool) -> None:
+    source = tmp_path / "in"
+    model = AutoModelForCausalLM.from_pretrained(saved_model(tmp_path / "whole", tied=True))
+    model.save_pretrained(source, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    out = tmp_path / "stage" / "model"
+    files = links.unchanged_files(source, model.state_dict())
+    links.take_over(files, out)
+    assert len(list(out.iterdir())) == len(files) > 2
+    if not linked:
+        shutil.copytree(out, tmp_path / "copy")
+        shutil.rmtree(out)
+        (tmp_path / "copy").rename(out)
+    state = {name: tensor + 1.0 for name, tensor in model.state_dict().items()}
+    links.save_model(model, out, state=state, source=None)
+    assert {path.name for path in out.glob("*safetensors*")} == {WEIGHTS}
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
