@@ -3,9 +3,11 @@
 ``align check`` looks at those of all stages, ``align run`` at those of the stages that it starts.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from glob import glob
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from align.recipe.schema.common import TokenizerSpec
 from align.recipe.schema.evaluate import HarnessSpec
 from align.recipe.schema.formats import Kind
 
+_RECIPE_FILE = re.compile(r"(.+\.ya?ml):\d+:\d+: ")
 ROWS_OF_KEY: dict[str, Kind] = {
     "prompts": "prompts",
     "shifted": "prompts",
@@ -88,7 +91,11 @@ def first_look(
             try:
                 look()
             except AlignError as error:
-                found.problems += [f"{_place(places, at)}{x}" for x in str(error).splitlines()]
+                hint = _hint_beside(path, _place(places, at))
+                lines = str(error).splitlines()
+                found.problems += [f"{_place(places, at)}{x}{hint}" for x in lines]
+            else:
+                found.warnings += _other_beside(path, _place(places, at))
         found.warnings += _devices(spec, f"{key}.ranks", num_gpus)
     missing = [name for name in TRAINING if find_spec(name) is None]
     if missing:
@@ -145,6 +152,39 @@ def _is_written_later(path: str, recipe: Recipe, run_dir: Path) -> bool:
     place = Path(path).expanduser().resolve()
     folders = [(run_dir / name).resolve() for name in recipe.stages]
     return not place.exists() and any(place.is_relative_to(folder) for folder in folders)
+
+
+def _beside(path: str | None, place: str) -> Path | None:
+    """Return what a relative path names in the folder of the recipe's file, None for nothing.
+
+    Args:
+        path: as in the recipe; data, models and templates are looked for in the current folder.
+        place: ``file:line:column: key: ``, the place in the recipe.
+    """
+    file = _RECIPE_FILE.match(place)
+    if path is None or file is None or path.startswith(("/", "~", "$")):
+        return None
+    found = glob(str(Path(file[1]).parent / path))
+    return Path(found[0]) if found else None
+
+
+def _hint_beside(path: str | None, place: str) -> str:
+    """Return what to write for a path that is not in the current folder but beside the recipe."""
+    beside = None if path is None or glob(path) else _beside(path, place)
+    return f"; {beside} exists: write ${{RECIPE_DIR}}/{path} for it" if beside else ""
+
+
+def _other_beside(path: str | None, place: str) -> list[str]:
+    """Return a warning if a path also names another file or folder, beside the recipe."""
+    beside = _beside(path, place)
+    if path is None or beside is None:
+        return []
+    here = glob(path)
+    # The name of a template is neither.
+    if Path(here[0]).samefile(beside) if here else not is_hub_id(path):
+        return []
+    what = "that of the current folder is read" if here else "it is taken for a hub id"
+    return [f"{place}{path}: {what}; write ${{RECIPE_DIR}}/{path} for {beside}"]
 
 
 def _kind(key: str, owner: Spec) -> Kind | None:

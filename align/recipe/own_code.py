@@ -1,5 +1,6 @@
 """Custom code: import extensions of the suite, and check the functions that a recipe names."""
 
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -47,8 +48,10 @@ def place_own_code(source: Source, folder: Path) -> None:
     """Make the files of the user's functions absolute, relative to ``folder``; report problems."""
     for key, block in _blocks(source.data, ()):
         for name in code_keys(block):
-            block[name] = placed(block[name], folder)
+            written = block[name]
+            block[name] = placed(written, folder)
             if problem := problem_of(block[name]):
+                problem += _hint_here(written, folder) if source_file(block[name]) is None else ""
                 mark = source.marks.get((*key, name))
                 where = f"{mark.at_value()}: " if mark else ""
                 source.errors.append(f"{where}{'.'.join(map(str, (*key, name)))}: {problem}")
@@ -61,6 +64,14 @@ def placed(path: str, folder: Path) -> str:
     # A path with a variable that nothing expands stays as it was written, for the message.
     known = place.endswith(".py") and (file.is_file() or not unexpanded(place))
     return f"{file}:{function}" if known else path
+
+
+def _hint_here(path: str, folder: Path) -> str:
+    """Return what to write for a file that is in the current folder but not beside the recipe."""
+    place, _, function = path.rpartition(":")
+    if not place.endswith(".py") or not Path(place).is_file():
+        return ""
+    return f"; it is in the current folder: write {os.path.relpath(place, folder)}:{function}"
 
 
 def problem_of(path: str) -> str | None:

@@ -53,6 +53,12 @@ completes and checks recipes: write it to `recipe.schema.json` and begin a recip
 
 A stage is an entry of `stages` with a `kind`. Keys without a default are required. `align show
 RECIPE` prints a recipe with all defaults and says where each value comes from.
+
+A relative path of data, a model, a template or a run starts at the current folder. One of a
+function (`FILE.py:NAME`), or of `extends`, starts at the folder of the recipe's file.
+`${RECIPE_DIR}` is that folder, so that `path: ${RECIPE_DIR}/rows.jsonl` works from anywhere. `align
+check` names the file that was meant if a path exists only beside the recipe, and warns if there are
+two.
 """
 
 

@@ -250,3 +250,86 @@ def test_looking_imports_no_torch(place: Path) -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == "[]"
     assert "pairs.jsonl: no such file" in said.stdout
+
+
+def in_project(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make ``recipes/`` below the current folder; return it."""
+    monkeypatch.chdir(folder)
+    (folder / "recipes").mkdir()
+    return Path("recipes")
+
+
+def test_a_path_beside_the_recipe_is_named_with_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = in_project(tmp_path, monkeypatch)
+    write(folder / "a.jsonl", ROWS["sft"])
+    (folder / "t.jinja").write_text("x")
+    (folder / "model").mkdir()
+    hint = "exists: write ${RECIPE_DIR}/"
+    for path in ("a.jsonl", "*.jsonl", "./a.jsonl"):
+        spec = f"  it: {{kind: sft, init: base, data: [{{path: '{path}'}}]}}\n"
+        code, text = checked(folder, spec)
+        assert code != 0
+        assert f"recipes/a.jsonl {hint}{path} for it" in text
+    _, text = checked(folder, "  it: {kind: base, path: ./model}\n")
+    assert f"no such folder, and not a hub id ORG/NAME; recipes/model {hint}./model for it" in text
+    _, text = checked(
+        folder, "  it: {kind: base, path: O/N, tokenizer: {chat_template: t.jinja}}\n"
+    )
+    assert f"recipes/t.jinja {hint}t.jinja for it" in text
+    # What it says works, from here and from there.
+    data = "[{path: '${RECIPE_DIR}/a.jsonl'}]"
+    right = f"  it: {{kind: sft, init: base, data: {data}}}\n"
+    assert checked(folder, right)[0] == 0
+    monkeypatch.chdir(folder)
+    assert checked(Path(), right)[0] == 0
+    assert "exists: write" not in checked(Path(), stage("sft", Path("b.jsonl")))[1]
+
+
+def test_two_files_of_one_relative_path_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = in_project(tmp_path, monkeypatch)
+    for place in (Path("a.jsonl"), folder / "a.jsonl"):
+        write(place, ROWS["sft"])
+    code, text = checked(folder, stage("sft", Path("a.jsonl")))
+    assert code == 0
+    told = "a.jsonl: that of the current folder is read; write ${RECIPE_DIR}/a.jsonl for recipes/a"
+    assert told in text
+    # One file has two names.
+    (folder / "a.jsonl").unlink()
+    (folder / "a.jsonl").symlink_to(tmp_path / "a.jsonl")
+    assert "is read; write" not in checked(folder, stage("sft", Path("a.jsonl")))[1]
+
+
+def test_a_folder_beside_the_recipe_that_reads_as_a_hub_id_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = in_project(tmp_path, monkeypatch)
+    (folder / "ORG" / "BASE").mkdir(parents=True)
+    (folder / "plain").mkdir()
+    rows = write(tmp_path / "a.jsonl", ROWS["sft"])
+    code, text = checked(folder, stage("sft", rows))
+    assert code == 0
+    assert (
+        "ORG/BASE: it is taken for a hub id; write ${RECIPE_DIR}/ORG/BASE for recipes/ORG/B" in text
+    )
+    template = "  other: {kind: base, path: O/N, tokenizer: {chat_template: plain}}\n"
+    assert "RECIPE_DIR}/plain" not in checked(folder, template + stage("sft", rows))[1]
+
+
+def test_a_function_in_the_current_folder_is_named_with_its_path_from_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = in_project(tmp_path, monkeypatch)
+    Path("my.py").write_text("def rows(row): return row\n")
+    data = write(tmp_path / "a.jsonl", ROWS["sft"])
+
+    def mapped(path: str) -> tuple[int, str]:
+        spec = f"    data: [{{path: {data}, map: '{path}:rows'}}]\n"
+        return checked(folder, f"  it:\n    kind: sft\n    init: base\n{spec}")
+
+    assert "it is in the current folder: write ../my.py:rows" in mapped("my.py")[1]
+    assert mapped("../my.py")[0] == 0
+    assert "in the current folder" not in mapped("gone.py")[1]
