@@ -35,7 +35,7 @@ from align.preflight.tokens import prompt_checks, row_checks
 from align.recipe.schema import DataSpec
 from align.stages.classify import class_row
 from align.stages.kto import labeled_row
-from align.stages.reward.stage import _labeled_steps
+from align.stages.reward.stage import _labeled_answer, _labeled_steps
 from align.training.evidence import row_facts
 
 NUM = 1100  # more than two chunks
@@ -96,11 +96,18 @@ MAKERS = {
         },
         lambda chat: partial(_labeled_steps, chat, "\n"),
     ),
+    "answers": (
+        lambda i: {"prompt": said(i), "completion": f"{i}", "label": i % 3 == 0},
+        lambda chat: partial(_labeled_answer, chat),
+    ),
     "classes": (
         lambda i: {"text": said(i), "label": f"class {i % 3}", "id": i},
         lambda chat: partial(class_row, chat.tokenizer),
     ),
 }
+
+KINDS: dict[str, Any] = {"answers": "unpaired"}
+"""The kind of the rows where it is not the name of the maker."""
 
 
 def write(path: Path, kind: str, num: int = NUM) -> Path:
@@ -109,12 +116,12 @@ def write(path: Path, kind: str, num: int = NUM) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_rows_of_a_store_are_those_made_in_memory(
-    kind: Any, chat: ChatFormat, tmp_path: Path
+    name: Any, chat: ChatFormat, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "a.jsonl", kind)
-    render = MAKERS[kind][1](chat)
+    path = write(tmp_path / "a.jsonl", name)
+    kind, render = KINDS.get(name, name), MAKERS[name][1](chat)
     one = [DataSpec(path=str(path), split="train", heldout_frac=0.2)]
     few = [DataSpec(world="sft" if kind == "sft" else "prompts", rows=30, weight=1.0)]
     mixed = [DataSpec(path=str(path), weight=2.0), *few] if kind in ("sft", "prompts") else one

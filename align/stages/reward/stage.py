@@ -209,25 +209,25 @@ def answer_task(
     spec: RewardStage, context: StageContext, chat: RowFormat
 ) -> tuple[OfflineTask[Any], OfflineRows]:
     """Return the task of learning whether a single response is good."""
-
-    def judged(example: Example) -> LabeledAnswer:
-        row = trim_after_last_trained(chat.sft_row(example))
-        return LabeledAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
-
-    data = offline_rows(spec, context, render=judged)
+    data = offline_rows(spec, context, render=partial(_labeled_answer, chat))
     try:
         classes = class_weights(data.training)
     except ValueError as error:
         raise DataError(f"{context.name}: {error}") from error
     # Each head of an ensemble trains on its own bootstrap sample; held-out rows count once.
     weights = head_weights(len(data.training), spec.heads, seed=context.seed)
-    rows = [replace(row, weights=w) for row, w in zip(data.training, weights, strict=True)]
-    heldout = [replace(row, weights=(1.0,) * spec.heads) for row in data.heldout]
+    rows = [replace(row, head_weights=w) for row, w in zip(data.training, weights, strict=True)]
+    heldout = [replace(row, head_weights=(1.0,) * spec.heads) for row in data.heldout]
     loss = partial(labeled_loss, spec=spec, class_weights=classes)
     task = OfflineTask(
         rows, heldout, _length, collate_answers, loss, padded=isinstance(chat, PairedFormat)
     )
     return task, data
+
+
+def _labeled_answer(chat: RowFormat, example: Example) -> LabeledAnswer:
+    row = trim_after_last_trained(chat.sft_row(example))
+    return LabeledAnswer(row.input_ids, row.trained, row.source, good=bool(example.label))
 
 
 def _length(row: TokenRow) -> int:

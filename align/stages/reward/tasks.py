@@ -46,7 +46,7 @@ class LabeledAnswer(TokenRow):
     """A tokenized response with its label and its weight for each head."""
 
     good: bool = False
-    weights: tuple[float, ...] = (1.0,)
+    head_weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +171,8 @@ def collate_answers(rows: Sequence[LabeledAnswer], batch: Sequence[LabeledAnswer
         per_sequence={
             "good": [float(row.good) for row in rows],
             **{
-                f"weight/{k}": [row.weights[k] for row in rows]
-                for k in range(len(batch[0].weights))
+                f"weight/{k}": [row.head_weights[k] for row in rows]
+                for k in range(len(batch[0].head_weights))
             },
         },
     )
