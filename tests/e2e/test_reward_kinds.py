@@ -4,8 +4,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, pstdev
 
 import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stage_runs as runs
@@ -139,3 +146,36 @@ def test_steps_judged_one_by_one_teach_a_process_reward(base) -> None:
     assert scores[0] > 0.5 > scores[1]
     for score, tokens in zip(scores, reward.token_rewards, strict=True):
         assert sum(tokens) == pytest.approx(score)
+
+
+def test_scores_are_normalized_on_responses_that_the_policy_writes(base) -> None:
+    asked = [example.prompt for example in generate("preference", rows=5, seed=9)]
+    # A prompt counts once, however many pairs it has.
+    pairs = [
+        {"prompt": prompt, "chosen": say(f"yes {word}."), "rejected": say(f"no {word}.")}
+        for i, prompt in enumerate(asked)
+        for word in NUMBERS[: i + 1]
+    ]
+    out = train(
+        base,
+        f"stages.reward.data=[{{path: {write(base[1] / 'pairs.jsonl', pairs)}}}]",
+        "stages.reward.norm_prompts=64",
+        "stages.reward.norm_sampling={engine: hf, max_new_tokens: 5, temperature: 0}",
+    )
+    # The same by transformers alone: greedy responses of the base, scored one by one.
+    policy_dir, model_dir = base[1] / "run" / "base" / "model", out / "model"
+    tokenizer = AutoTokenizer.from_pretrained(policy_dir)
+    policy = AutoModelForCausalLM.from_pretrained(policy_dir)
+    scorer = AutoModelForSequenceClassification.from_pretrained(model_dir)
+    scores = []
+    for prompt in asked:
+        given = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            whole = policy.generate(**given, max_new_tokens=5, do_sample=False)
+            scores.append(scorer(input_ids=whole).logits.item())
+    assert len(set(scores)) == len(asked)
+    found = runs.manifest(base[1] / "run", "reward")["metrics"]
+    assert found["scorer/mean"] == pytest.approx(mean(scores), abs=1e-5)
+    assert found["scorer/std"] == pytest.approx(pstdev(scores), abs=1e-5)
