@@ -249,9 +249,11 @@ def test_a_download_that_breaks_off_leaves_nothing(
         ("memory://a/../b/rows.jsonl", r"'\.\.' in it"),
         ("memory://a/none.jsonl", r"cannot be read: FileNotFoundError"),
         ("memory://a/*.jsonl", r"no data file is there"),
+        ("memory://box/page", r"unknown file type; expected the address of a data file"),
     ],
 )
 def test_errors_name_the_url(url: str, told: str, bucket: Any) -> None:
+    bucket.pipe("/box/page", b"<html>")
     with pytest.raises(DataError, match=told) as found:
         list(read_rows(url))
     assert found.value.code == "D015"

@@ -69,7 +69,7 @@ def local_copy(url: str, *, wanted: Callable[[Path], object]) -> str:
 
     Args:
         url: of a file, a folder, or files with ``*`` in their names.
-        wanted: tells which files of a folder hold data.
+        wanted: tells by their names which files hold data.
 
     Raises:
         DataError: it cannot be read and there is no copy; or the copy cannot be written.
@@ -131,6 +131,9 @@ def _listed(system: Any, remote: str, wanted: Callable[[Path], object]) -> list[
     else:
         info = system.info(remote)
         if info["type"] != "directory":
+            # A page of a web server that lists a folder is a file, too.
+            if not wanted(_mirrored(remote, remote)):
+                raise ValueError("unknown file type; expected the address of a data file")
             return [_File(system, remote, info)]
         found = system.find(remote, detail=True)
         paths = {name: Path(name) for name in found if not Path(name).name.startswith(".")}
@@ -208,10 +211,11 @@ def _download(file: _File, copy: Path) -> None:
     part = copy.with_name(f".{copy.name}.part-{os.getpid()}")
     shown = {"desc": copy.name, "unit": "B", "unit_scale": True}
     bar = TqdmCallback(tqdm_kwargs=shown) if sys.stderr.isatty() else DEFAULT_CALLBACK
-    log.info("downloading %s", file.name)
+    size = file.info.get("size")
+    log.info("downloading %s%s", file.name, f" ({size / 2**20:,.1f} MiB)" if size else "")
     try:
         file.system.get_file(file.name, str(part), callback=bar)
-        size, came = file.info.get("size"), part.stat().st_size
+        came = part.stat().st_size
         if size not in (None, came):
             raise _unreadable(file.name, f"{came} of {size} bytes came")
         part.replace(copy)
