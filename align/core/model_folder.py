@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,19 @@ from align.core.errors import ArtifactError
 
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OLD_INDEX = "pytorch_model.bin.index.json"
+_LFS = b"version https://git-lfs"
+_WANTED = "expected the folder of a model that transformers' save_pretrained wrote, or a hub id"
+_OTHER_FORMS = {
+    "*.gguf": "quantized for inference; import the weights that it was made from",
+    "consolidated*.pth": "Meta's own form; use the folder of the same model in transformers' form",
+    "*.distcp": "shards of FSDP; merge them: accelerate merge-weights FOLDER OUT",
+    "*/*.distcp": "shards of FSDP; merge them: accelerate merge-weights FOLDER OUT",
+    "global_step*": "shards of DeepSpeed; merge them: python zero_to_fp32.py FOLDER OUT",
+    "*.onnx": "for inference; import the weights that it was made from",
+    "*.safetensors": "weights without a configuration; copy the model's config.json beside them",
+}
+"""Files of other programs, and what to do with them."""
 OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
 TOKENIZER_CLASSES = {
     **dict.fromkeys(("TokenizersBackend", "PreTrainedTokenizerFast"), ("pad_token", "eos_token")),
@@ -37,8 +51,9 @@ def check_files(path: str, *, causal: bool = True) -> dict[str, Any]:
         ArtifactError: one line with the problem and the remedy.
     """
     folder = Path(path)
+    refuse_other_form(path)
     if not (folder / CONFIG).is_file():
-        raise ArtifactError(f"{path}: no config.json; expected a folder saved by transformers")
+        raise ArtifactError(f"{path}: an adapter; expected the folder of a whole model")
     if (folder / ADAPTER).is_file():
         raise ArtifactError(
             f"{path}: contains both a model and an adapter ({ADAPTER}). Move the adapter's files "
@@ -96,31 +111,82 @@ def _refuse_quoted(value: object, where: str) -> None:
         )
 
 
+def refuse_other_form(path: str) -> None:
+    """Raise if a path is a file, or a folder with a model in the form of another program.
+
+    Raises:
+        ArtifactError: says what is there, and what to use.
+    """
+    place = Path(path)
+    if place.is_file():
+        what = "a file"
+        if place.suffix == ".gguf":
+            what += f", {_OTHER_FORMS['*.gguf']}"
+        elif (place.parent / CONFIG).is_file():
+            what += f" of the folder {place.parent}; use that"
+        raise ArtifactError(f"{path}: {what}; {_WANTED}")
+    if not any((place / name).is_file() for name in (CONFIG, ADAPTER)):
+        raise ArtifactError(
+            f"{path}: no {CONFIG} or {ADAPTER} in this folder; {_WANTED}{_found_here(place)}"
+        )
+
+
+def _found_here(folder: Path) -> str:
+    """Return what a folder has in place of the weights that transformers reads, or ""."""
+    inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+    if inner and not (folder / CONFIG).is_file():
+        return f". Folders with a model in it: {', '.join(inner[-3:])}"
+    for pattern, what in _OTHER_FORMS.items():
+        if found := next(folder.glob(pattern), None):
+            return f". It has {found.name}: {what}"
+    return ""
+
+
 def _check_weights(folder: Path) -> None:
     """Raise unless the folder has the files of exactly one set of weights."""
-    if not (folder / INDEX).is_file():
-        if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*")]:
-            raise ArtifactError(f"{folder}: no weights (model.safetensors) beside config.json")
+    # As transformers looks for them: the index of older files may be left without them.
+    names = (INDEX,) if (folder / SINGLE).is_file() else (INDEX, OLD_INDEX)
+    index = next((folder / name for name in names if (folder / name).is_file()), None)
+    if index is None:
+        found = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
+        files = [path for path in found if path.is_file()]
+        if not files:
+            raise ArtifactError(
+                f"{folder}: no weights (model.safetensors) beside config.json{_found_here(folder)}"
+            )
+        _refuse_no_weights(files)
         return
-    shards = json_object(folder / INDEX).get("weight_map")
+    shards = json_object(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise ArtifactError(f"{folder / INDEX}: no weight_map. Save the model again.")
+        raise ArtifactError(f"{index}: no weight_map. Save the model again.")
     names = sorted({str(name) for name in shards.values()})
     # An index may name any path; files outside the folder are never read.
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ArtifactError(f"{folder / INDEX}: names files outside the folder: {outside[:3]}")
+        raise ArtifactError(f"{index}: names files outside the folder: {outside[:3]}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ArtifactError(
             f"{folder}: {len(missing)} of {len(names)} weight files are missing: "
             f"{', '.join(missing[:3])}. Copy or download them again."
         )
-    if (folder / SINGLE).is_file() and SINGLE not in names:
+    _refuse_no_weights([folder / name for name in names])
+    if index.name == INDEX and (folder / SINGLE).is_file() and SINGLE not in names:
         raise ArtifactError(
             f"{folder}: contains two sets of weights, {SINGLE} and the {len(names)} files of "
             f"{INDEX}; which of them is the model depends on the reader. Remove the other set."
         )
+
+
+def _refuse_no_weights(files: Sequence[Path]) -> None:
+    """Raise if a file is empty, or what Git keeps in place of a large file."""
+    for file in files:
+        with file.open("rb") as stream:
+            head = stream.read(len(_LFS))
+        if head == _LFS:
+            raise ArtifactError(f"{file}: a Git LFS pointer, not the weights. Run 'git lfs pull'.")
+        if not head:
+            raise ArtifactError(f"{file}: an empty file. Copy or download it again.")
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -13,10 +13,15 @@ from itertools import islice
 from pathlib import Path
 
 from align.core.accelerator import list_gpus, missing_device
-from align.core.artifacts import CONFIGS
 from align.core.errors import AlignError, DataError, RecipeError
 from align.core.extras import TRAINING
-from align.core.model_folder import check_files, is_adapter, lacking_of_tokenizer, refuse_unpadded
+from align.core.model_folder import (
+    check_files,
+    is_adapter,
+    lacking_of_tokenizer,
+    refuse_other_form,
+    refuse_unpadded,
+)
 from align.core.text import is_hub_id, unexpanded
 from align.pipeline.processes import num_cores
 from align.recipe.schema import BaseStage, DataSpec, Recipe, Spec, StageSpec
@@ -251,14 +256,14 @@ def _look_at_model(spec: BaseStage | None, path: str, found: FirstLook) -> None:
         RecipeError: the tokenizer lacks something that the recipe does not set either.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if folder.exists():
+        refuse_other_form(path)
+    else:
         if not is_hub_id(path):
             raise DataError(f"{path}: no such folder, and not a hub id ORG/NAME{unexpanded(path)}")
         found.unseen.append(f"models of the hub ({path})")
         return
     found.num_models += 1
-    if not any((folder / name).is_file() for name in CONFIGS):
-        raise DataError(f"{path}: no {' or '.join(CONFIGS)} in this folder")
     if is_adapter(str(folder)):
         found.unseen.append(f"the base model of the adapter {path}")
         return

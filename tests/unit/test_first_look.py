@@ -102,13 +102,14 @@ def test_models_are_found_missing_or_named_as_not_looked_at(tmp_path: Path):
         return checked(tmp_path, f"  other: {{kind: base, path: {path}}}\n{stage('sft', data)}")
 
     assert "stages.other.path: " in other(str(folder))[1]
-    assert "no config.json or adapter_config.json" in other(str(folder))[1]
+    told = other(str(folder))[1]
+    assert "no config.json or adapter_config.json in this folder; expected the folder of a" in told
     assert "no such folder, and not a hub id" in other(str(tmp_path / "gone"))[1]
     code, text = other("ORG/NAME")
     assert code == 0
     assert "models of the hub (ORG/NAME)" in text
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes(b"weights")
     assert "the files of 1 model," in other(str(folder))[1]
 
 
@@ -235,7 +236,7 @@ def test_python_names_the_argument_with_the_missing_file(place: Path) -> None:
         align.run("my.yaml", quiet=True)
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
-    Path("model/model.safetensors").touch()
+    Path("model/model.safetensors").write_bytes(b"weights")
     with pytest.raises(RecipeError, match=r"^data\.0: gone\.jsonl: no such file"):
         align.sft(model="model", data="gone.jsonl", quiet=True)
 
