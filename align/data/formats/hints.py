@@ -78,6 +78,24 @@ _LAYOUTS: tuple[tuple[tuple[str, ...], type, str], ...] = (
         "texts of parts are the content, systemInstruction is a turn of system)",
     ),
     (
+        ("question", "label"),
+        dict,
+        "rows of PRM800K: write question.problem as prompt, and as steps the chosen text of each "
+        "of label.steps with its rating as label (1 is true, -1 is false)",
+    ),
+    (
+        ("input", "label", "task"),
+        str,
+        "rows of Math-Shepherd: write what is before 'Step 1' as prompt, and the lines after it as "
+        "steps, whose label is the last sign of their line in label (+ is true, - is false)",
+    ),
+    (
+        ("response",),
+        dict,
+        "an object as response: in the output of OpenAI's batches, append "
+        "response.body.choices[0].message to the body.messages of the request with its custom_id",
+    ),
+    (
         ("conversation_a", "conversation_b"),
         list,
         "two conversations: write the one that winner names as chosen and the other as rejected",

@@ -78,6 +78,8 @@ _HARMLESS = (
 )
 """Keys that contain neither text nor loss settings; their values are dropped."""
 _PLAIN_TURN = {"role", "content"}
+_PLACEHOLDER = re.compile(r"^<(?:image|video|audio)>(?:\n|$)|\n<(?:image|video|audio)>$")
+"""As rows of LLaVA and LLaMA-Factory have it."""
 _PARTS = ("text", "input_text", "output_text")
 
 
@@ -182,12 +184,14 @@ def _turn(turn: object, where: str) -> Turn:
         role, content = turn["role"], turn["content"]
         # Most turns have nothing else to check; a role of another type cannot be looked up.
         if isinstance(role, str) and role in ROLES and isinstance(content, str):
+            _refuse_placeholder(content, where)
             return Turn(role=role, content=content)
     said = "from" if "from" in turn and "role" not in turn else "role"
     text = "value" if "value" in turn and "content" not in turn else "content"
     _check_keys(turn, said=said, text=text, where=where)
     role = _role_of(turn[said], _SHAREGPT_ROLES if said == "from" else ROLES, key=said, where=where)
     content, reasoning, calls = _content_of(turn.get(text), turn, text=text, where=where)
+    _refuse_placeholder(content, where)
     if reasoning and role != "assistant":
         raise DataError(f"{where}: reasoning in a turn of {role}, expected assistant", code="D056")
     if calls and role != "assistant":
@@ -204,6 +208,16 @@ def _turn(turn: object, where: str) -> Turn:
     if weight != 1.0:
         found["weight"] = weight
     return found
+
+
+def _refuse_placeholder(content: str, where: str) -> None:
+    """Raise if a line at the beginning or end of a turn stands for an image that is elsewhere."""
+    if "<" in (content[:1], content[-7:-6]) and (found := _PLACEHOLDER.search(content)):
+        raise DataError(
+            f"{where}: the line {found[0].strip()!r} stands for an image, video or audio, which "
+            "the model would not see; remove the row, or the line",
+            code="D056",
+        )
 
 
 def _advice(turn: object, where: str) -> str:
@@ -259,7 +273,8 @@ def _check_keys(turn: Row, *, said: str, text: str, where: str) -> None:
 def _role_of(role: object, known: Iterable[str], *, key: str, where: str) -> str:
     if isinstance(role, str) and role in known:
         return _SHAREGPT_ROLES[role] if key == "from" else role
-    meant = _MEANT.get(str(role).lower()) if key == "role" else None
+    plain = str(role).lower()
+    meant = _MEANT.get(plain) if key == "role" else plain if plain in known else None
     hint = f"; did you mean '{meant}'?" if meant else guess(str(role), known)
     raise DataError(
         f"{where}: {key} {role!r}: expected one of {tuple(known)}{hint}",
