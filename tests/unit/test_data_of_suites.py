@@ -43,7 +43,7 @@ def test_other_marks_are_text(text: str):
 @pytest.mark.parametrize("history", [[U, A], ["a", "b"], [["a"]], [["a", "b", "c"]]])
 def test_a_history_of_another_form_says_what_was_found(history: list):
     told = refused({"instruction": "Q", "output": "R", "history": history})
-    assert "history[0]: expected [question, answer], found " in told
+    assert "history: expected [question, answer], found " in told
     assert "write turns of {role, content} as messages" in told
 
 

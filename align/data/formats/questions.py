@@ -77,7 +77,7 @@ def _history(value: object, source: str) -> list[Turn]:
     for i, pair in enumerate(listed if isinstance(listed, list) else [listed]):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(
-                f"{source}: history[{i}]: expected [question, answer], found {shown(pair)}; write "
+                f"{source}: history: expected [question, answer], found {shown(pair)}; write "
                 "turns of {role, content} as messages (map: FILE.py:NAME)",
                 code="D050",
             )
