@@ -5,8 +5,8 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -51,59 +51,88 @@ def check_length(text: str) -> None:
         raise LimitError(f"it wrote {len(text):,} characters, expected at most {MAX_TEXT:,}")
 
 
-@contextmanager
-def template_limits(name: str) -> Iterator[None]:
+def template_limits(name: str) -> AbstractContextManager[None]:
     """Limit the time and memory of the block, in which a template renders one row.
 
     Raises:
         LimitError: begins with ``name``.
     """
     block = _block if threading.current_thread() is threading.main_thread() else None
-    try:
-        if block is not None:
-            with block.next_row():
-                yield
-        else:
-            with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):
-                yield
-    except _OutOfTimeError:
-        raise LimitError(
-            f"{name} ran for {TEMPLATE_S:g} s on one row without an end; expected milliseconds. "
-            "Correct its loops, or use another template"
-        ) from None
-    except MemoryError:
-        raise LimitError(
-            f"{name} takes more than {TEMPLATE_MIB:,} MiB of memory for one row; correct it, or "
-            "use another template"
-        ) from None
-    except LimitError as error:
-        raise LimitError(f"{name}: {error}; correct it, or use another template") from None
+    return _Named(name, _one_row() if block is None else block)
+
+
+class _Named:
+    """Limits whose errors begin with a name; a class, since a generator takes three times as long.
+
+    Args:
+        name: of the template. limits: of one row.
+    """
+
+    __slots__ = ("_limits", "_name")
+
+    def __init__(self, name: str, limits: AbstractContextManager[None]) -> None:
+        self._name, self._limits = name, limits
+
+    def __enter__(self) -> None:
+        self._limits.__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._limits.__exit__(kind, error, trace)
+        if isinstance(error, _OutOfTimeError):
+            raise LimitError(
+                f"{self._name} ran for {TEMPLATE_S:g} s on one row without an end; expected "
+                "milliseconds. Correct its loops, or use another template"
+            ) from None
+        if isinstance(error, MemoryError):
+            raise LimitError(
+                f"{self._name} takes more than {TEMPLATE_MIB:,} MiB of memory for one row; correct "
+                "it, or use another template"
+            ) from None
+        if isinstance(error, LimitError):
+            advice = "correct it, or use another template"
+            raise LimitError(f"{self._name}: {error}; {advice}") from None
+
+
+@contextmanager
+def _one_row() -> Iterator[None]:
+    with memory_limit(TEMPLATE_MIB), time_limit(TEMPLATE_S):
+        yield
 
 
 class _Block:
-    """Limits that are set up once for the rows of a block; see ``many_rows``."""
+    """Limits that are set up once for the rows of a block, and entered for each; ``many_rows``.
+
+    A timer ticks as long as the block is open. That costs less than a timer for each row.
+    """
 
     def __init__(self) -> None:
         self._count, self._memory = 0, ExitStack()
+        self._ticks, self._is_inside = 0, False
 
-    @contextmanager
-    def next_row(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Limit the time of one row; its memory counts from that of a few rows before."""
         if self._count % _ROWS_PER_LIMIT == 0:
             self._memory.close()
             self._memory.enter_context(memory_limit(TEMPLATE_MIB))
         self._count += 1
-        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_S, AGAIN_S)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        self._ticks, self._is_inside = 0, True
+
+    def __exit__(self, *_: object) -> None:
+        self._is_inside = False
+
+    def tick(self, _signum: int, _frame: FrameType | None) -> None:
+        """Count a tick of the timer, of which the first may follow at once on a row's start."""
+        self._ticks += 1
+        if self._is_inside and self._ticks > _TICKS:
+            raise _OutOfTimeError
 
     def close(self) -> None:
         """Restore the limit on memory."""
         self._memory.close()
 
 
+_TICKS = 10
+"""Ticks in the time of one row."""
 _ROWS_PER_LIMIT = 64
 """Number of rows after which a block reads the size of the process again."""
 _block: _Block | None = None
@@ -113,20 +142,34 @@ _block: _Block | None = None
 def many_rows() -> Iterator[None]:
     """Set up the limits of templates once for the rows of the block, in the main thread.
 
-    Setting them up for each row takes longer than rendering it.
+    Setting them up for each row takes longer than rendering it. A row may run for a tenth longer.
     """
     global _block
     if _block is not None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _out_of_time)
     _block = _Block()
     try:
-        yield
+        with _timer(TEMPLATE_S / _TICKS, TEMPLATE_S / _TICKS, _block.tick):
+            yield
     finally:
         _block.close()
         _block = None
-        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _timer(
+    first_s: float, then_s: float, call: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Call a function after a time and then again and again, in seconds of processor time."""
+    handler = signal.signal(signal.SIGVTALRM, call)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, first_s, then_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, handler)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
 
 
 @contextmanager
@@ -178,13 +221,8 @@ def time_limit(seconds: float) -> Iterator[None]:
             yield
         return
     # A signal also ends arithmetic on huge numbers, which takes hours within one bytecode.
-    before = signal.signal(signal.SIGVTALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, AGAIN_S)
-    try:
+    with _timer(seconds, AGAIN_S, _out_of_time):
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _out_of_time(_signum: int, _frame: FrameType | None) -> None:

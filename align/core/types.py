@@ -7,8 +7,30 @@ stop token are trained, the prompt is not.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar
+
+C = TypeVar("C")
+
+
+def _quickly_pickled(kind: type[C]) -> type[C]:
+    """Return a frozen data class with slots that is pickled to the same bytes in half of the time.
+
+    What ``dataclass`` writes for this looks up the fields of the class for each object.
+    """
+    names = [entry.name for entry in fields(kind)]  # pyright: ignore[reportArgumentType]
+    values, slots = attrgetter(*names), [getattr(kind, name) for name in names]
+
+    def getstate(self: C) -> list[Any]:
+        return list(values(self))
+
+    def setstate(self: C, state: Sequence[Any]) -> None:
+        for slot, value in zip(slots, state, strict=True):
+            slot.__set__(self, value)
+
+    kind.__getstate__, kind.__setstate__ = getstate, setstate  # pyright: ignore
+    return kind
 
 
 class Turn(TypedDict):
@@ -34,6 +56,7 @@ Text = str | Sequence[Turn]
 """Plain text (rendered without a chat template) or a conversation (rendered with it)."""
 
 
+@_quickly_pickled
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of any data format in canonical form.
@@ -62,6 +85,7 @@ class Example:
     """Multiplies the loss of the row (sft)."""
 
 
+@_quickly_pickled
 @dataclass(frozen=True, slots=True)
 class TokenRow:
     """One tokenized sequence; ``trained[t]`` is True if token t enters the loss.
@@ -76,6 +100,7 @@ class TokenRow:
     weights: tuple[float, ...] = ()
 
 
+@_quickly_pickled
 @dataclass(frozen=True, slots=True)
 class PairRow:
     """One tokenized preference pair; both rows begin with the same prompt token ids.
@@ -96,6 +121,7 @@ class PairRow:
     num_head_tokens: int = 0
 
 
+@_quickly_pickled
 @dataclass(frozen=True, slots=True)
 class PromptRow:
     """One tokenized prompt with the columns that the rewards need.

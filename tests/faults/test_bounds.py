@@ -143,6 +143,24 @@ def test_limits_that_are_set_up_once_hold_for_each_of_many_rows(
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+def test_another_time_limit_inside_leaves_that_of_many_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "TEMPLATE_S", 0.3)
+
+    def spin() -> None:
+        end = time.process_time() + 60.0
+        while time.process_time() < end:
+            pass
+
+    with limits.many_rows():
+        with limits.time_limit(60.0):
+            pass
+        too_long = pytest.raises(limits.LimitError, match=r"^t ran for 0\.3 s")
+        with too_long, limits.template_limits("t"):
+            spin()
+
+
 def test_the_limits_leave_the_process_as_it_was_and_hold_in_every_thread() -> None:
     import resource
     import signal

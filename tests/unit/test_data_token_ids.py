@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import SecurityError
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -294,6 +295,26 @@ def test_a_template_is_rendered_as_the_tokenizer_renders_it(shape: str) -> None:
     tokenizer.eos_token = "<|im_end|>"
     said = direct.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=True)
     assert said == "<|im_end|>2"
+
+
+LOOP = "{% for m in messages %}" + "".join(
+    f"{{{{ loop.{name} }}}}"
+    for name in ("first", "last", "index", "index0", "revindex", "revindex0", "length", "depth")
+)
+LOOP += "{{ loop.cycle('a', 'b') }}{{ loop.previtem.role if loop.previtem }}{% endfor %}"
+
+
+def test_loops_of_a_template_are_those_of_the_tokenizer_and_the_sandbox_stays_closed() -> None:
+    tokenizer = byte_bpe()
+    tokenizer.chat_template = LOOP
+    direct = DirectTemplate(tokenizer)
+    for turns in CONVERSATIONS:
+        theirs = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert direct.apply_chat_template(turns, add_generation_prompt=False) == theirs
+    for unsafe in ("messages.append(1)", "loop.__class__.mro", "loop.__init__()", "m.clear()"):
+        tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {unsafe} }}}}{{% endfor %}}"
+        with pytest.raises(SecurityError):
+            direct.apply_chat_template(CONVERSATIONS[0], add_generation_prompt=True)
 
 
 def test_a_tokenizer_that_renders_by_itself_is_asked() -> None:

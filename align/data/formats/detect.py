@@ -96,7 +96,8 @@ def detect(row: Row, *, kind: Kind, source: str) -> str:
     fits = [n for n in _fitting(tuple(row)) if (n == "classes") == (kind == "classes")]
     fits = [n for n in fits if (when := FORMATS[n].when) is None or when(row)]
     # Resolve formats with overlapping fields by precedence, then by the kind of the stage.
-    fits = [name for name in fits if not any(_takes(other, name, row) for other in fits)]
+    if len(fits) > 1:
+        fits = [name for name in fits if not any(_takes(other, name, row) for other in fits)]
     if len(fits) > 1:
         wanted = [name for name in fits if kind in FORMATS[name].gives]
         fits = wanted or fits
@@ -168,6 +169,11 @@ def _fitting(fields: tuple[str, ...]) -> list[str]:
     return [name for name, form in FORMATS.items() if form.most_fields(fields)]
 
 
+@cache
+def _used(name: str) -> frozenset[str]:
+    return FORMATS[name].used
+
+
 def _takes(name: str, other: str, row: Collection[str]) -> bool:
     """Return whether one fitting format takes precedence over another one."""
     one, two = FORMATS[name], FORMATS[other]
@@ -199,7 +205,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
         raise DataError(
             f"{source}: plain text, but the format is {format}; use format: text", code="D044"
         )
-    if isinstance(row, dict) and not form.most_fields(row):
+    if isinstance(row, dict) and name not in _fitting(tuple(row)):
         wanted = " or ".join(", ".join(option) for option in form.fields)
         raise DataError(
             f"{source}: format {name} needs {wanted}; the row has {sorted(row)}", code="D040"
@@ -207,7 +213,7 @@ def to_examples(row: Row, *, kind: Kind, format: str, source: str) -> list[Examp
     # Settings that every format shares are taken out before the importer sees the row.
     extras = Extras()
     if isinstance(row, dict):
-        used = form.used | (set(row) if name == "model_solutions" else set())
+        used = set(row) if name == "model_solutions" else _used(name)
         row, extras = take_extras(row, kind=kind, used=used, source=source)
         if extras.weight == 0.0:
             return []

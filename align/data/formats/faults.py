@@ -70,12 +70,19 @@ def _content_faults(text: Text, name: str) -> Iterator[Fault]:
         return
     for i, turn in enumerate(text):
         content = turn["content"]
+        if _is_usual(content) and "reasoning_content" not in turn:
+            continue
         # A tool may return nothing, and a turn may consist of tool calls alone.
         may_be_empty = turn["role"] == "tool" or "tool_calls" in turn
         if not may_be_empty:
             yield from _unsaid(content, f"{name}[{i}]: the content of the {turn['role']}")
         for said in (content, turn.get("reasoning_content", "")):
             yield from _damage(said, f"{name}[{i}]")
+
+
+def _is_usual(text: str) -> bool:
+    """Return whether a text is like most in a language of ASCII: without any fault below."""
+    return len(text) >= 32 and text.isascii() and text[0].isalnum() and "\0" not in text
 
 
 def _unsaid(text: str, name: str) -> Iterator[Fault]:
@@ -100,10 +107,9 @@ def _damage(text: str, name: str) -> Iterator[Fault]:
 
 def _weight_faults(answer: Sequence[Turn], kind: str) -> Iterator[Fault]:
     weights = [turn.get("weight", 1.0) for turn in answer if turn["role"] == "assistant"]
-    odd = [weight for weight in weights if weight not in (0.0, 1.0)]
     if weights and not any(weights):
         yield "D058", "every assistant turn has weight 0, so nothing is trained"
-    elif kind != "sft" and odd:
+    elif odd := [weight for weight in weights if kind != "sft" and weight not in (0.0, 1.0)]:
         yield "D058", f"a turn of weight {odd[0]:g} has an effect in sft only, not in {kind} data"
 
 

@@ -104,7 +104,7 @@ def take_extras(row: Row, *, kind: str, used: Collection[str], source: str) -> t
         DataError: a key with text or loss settings would be dropped, or a key is misspelled.
     """
     if row.keys() <= frozenset(used):
-        return row, Extras()
+        return row, _NO_EXTRAS
     # Empty fields lose nothing, so they may have any name.
     given = {k: v for k, v in row.items() if k not in used and not is_nothing(v)}
     shared = [*SYSTEM, *TOOLS, TEMPLATE, *(WEIGHTS if kind == "sft" else ())]
@@ -256,7 +256,7 @@ def apply_extras(example: Example, extras: Extras) -> Example:
     Raises:
         DataError: the conversation begins with a different system turn, or cannot represent them.
     """
-    if extras == _NO_EXTRAS:
+    if extras is _NO_EXTRAS or extras == _NO_EXTRAS:
         return example if example.weight == 1.0 else replace(example, weight=1.0)
     says = extras.system or extras.tools or extras.template_kwargs or extras.reasoning
     text_alone = isinstance(example.completion, str) and not example.prompt

@@ -44,6 +44,7 @@ _SHAREGPT_ROLES = {
     "tool_response": "tool",
     "tool": "tool",
 }
+_ROLE_NAMES = frozenset((*ROLES, *_MEANT, *_SHAREGPT_ROLES))
 TURN_FIELDS = (
     *("messages", "conversations", "prompt", "completion", "chosen", "rejected"),
     *("chosen_messages", "rejected_messages", "preferred_output", "non_preferred_output"),
@@ -166,13 +167,24 @@ def to_turns(value: object, *, field: str, source: str) -> list[Turn]:
         raise DataError(
             f"{source}: {field}: expected a list of turns, found {shown(value)}", code="D050"
         )
-    return [_turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)]
+    return [
+        _plain_turn(turn) or _turn(turn, f"{source}: {field}[{i}]") for i, turn in enumerate(value)
+    ]
 
 
 def is_role(value: object) -> bool:
     """Return whether a value names who says a turn, in any known spelling."""
-    names = {*ROLES, *_MEANT, *_SHAREGPT_ROLES}
-    return isinstance(value, str) and value.lower() in names
+    return isinstance(value, str) and value.lower() in _ROLE_NAMES
+
+
+def _plain_turn(turn: object) -> Turn | None:
+    """Return a turn that has nothing else to check, as most turns, else None."""
+    if isinstance(turn, dict) and turn.keys() == _PLAIN_TURN:
+        role, content = turn["role"], turn["content"]
+        # A role of another type cannot be looked up.
+        if isinstance(role, str) and role in ROLES and isinstance(content, str):
+            return None if _may_begin_or_end_in_tag(content) else Turn(role=role, content=content)
+    return None
 
 
 def _turn(turn: object, where: str) -> Turn:
@@ -180,12 +192,6 @@ def _turn(turn: object, where: str) -> Turn:
         raise DataError(
             f"{where}: expected a turn, found {shown(turn)}{_advice(turn, where)}", code="D050"
         )
-    if turn.keys() == _PLAIN_TURN:
-        role, content = turn["role"], turn["content"]
-        # Most turns have nothing else to check; a role of another type cannot be looked up.
-        if isinstance(role, str) and role in ROLES and isinstance(content, str):
-            _refuse_placeholder(content, where)
-            return Turn(role=role, content=content)
     said = "from" if "from" in turn and "role" not in turn else "role"
     text = "value" if "value" in turn and "content" not in turn else "content"
     _check_keys(turn, said=said, text=text, where=where)
@@ -210,9 +216,13 @@ def _turn(turn: object, where: str) -> Turn:
     return found
 
 
+def _may_begin_or_end_in_tag(content: str) -> bool:
+    return "<" in (content[:1], content[-7:-6])
+
+
 def _refuse_placeholder(content: str, where: str) -> None:
     """Raise if a line at the beginning or end of a turn stands for an image that is elsewhere."""
-    if "<" in (content[:1], content[-7:-6]) and (found := _PLACEHOLDER.search(content)):
+    if _may_begin_or_end_in_tag(content) and (found := _PLACEHOLDER.search(content)):
         raise DataError(
             f"{where}: the line {found[0].strip()!r} stands for an image, video or audio, which "
             "the model would not see; remove the row, or the line",

@@ -8,7 +8,7 @@ Token ids are never compared with the pad id.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
@@ -91,7 +91,7 @@ class ChatFormat:
         self.stop_token_ids: tuple[int, ...] = tuple(stop_token_ids)
         self._stops = frozenset(self.stop_token_ids)
         self._bos = leading_bos(tokenizer)
-        self._shapes: set[str] = set()
+        self._shapes: set[Hashable] = set()
         self._told = False
         self._endless = ""
         self._template = DirectTemplate(tokenizer)
@@ -294,16 +294,15 @@ class ChatFormat:
 
     def _stop_in(self, ids: Sequence[int], text: str, *, source: str) -> int:
         """Return the index of the only stop token in what the template writes for a turn."""
-        found = self._stops.intersection(ids)
-        stops = [k for k, token in enumerate(ids) if token in found] if found else []
-        if len(stops) > 1:
-            stop = self.tokenizer.convert_ids_to_tokens(ids[stops[0]])
+        stops = {token: num for token in self._stops if (num := ids.count(token))}
+        if sum(stops.values()) > 1:
+            stop = self.tokenizer.convert_ids_to_tokens(min(stops, key=ids.index))
             raise DataError(
                 f"{source}: the response itself contains the stop token {stop!r}. Remove it, since "
                 "the template writes it at the end of the turn"
             )
         if stops:
-            return stops[0]
+            return ids.index(*stops)
         names = self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))
         raise DataError(
             f"{source}: the chat template ends the assistant's turn without a stop token: "

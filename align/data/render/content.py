@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from align.core.errors import DataError
@@ -16,7 +16,8 @@ _THINK_TAGS = re.compile(r"</?think>")
 
 def message_of(turn: Turn) -> dict[str, Any]:
     """Return a turn as chat templates read it: reasoning under both usual names, without weight."""
-    found: dict[str, Any] = {key: value for key, value in turn.items() if key != "weight"}
+    found: dict[str, Any] = dict(turn)
+    found.pop("weight", None)
     if "reasoning_content" in turn:
         found["thinking"] = turn["reasoning_content"]
     return found
@@ -92,9 +93,9 @@ def check_shape(
     check_turns(marked, rendered, first=0, source=source)
 
 
-def shape_of(turns: Sequence[Turn], *options: object) -> str:
+def shape_of(turns: Sequence[Turn], *options: object) -> Hashable:
     """Return everything but the contents that may change what a template renders."""
-    return repr(([(turn["role"], sorted(turn)) for turn in turns], options))
+    return tuple([(turn["role"], *turn) for turn in turns]), repr(options)
 
 
 def _marked(turn: Turn, i: int) -> Turn:
@@ -111,7 +112,8 @@ def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
     if "reasoning_content" in turn:
         yield ", its reasoning", turn["reasoning_content"]
     # Templates may move or drop the tags themselves, but not the text around them.
-    for text in _THINK_TAGS.split(turn["content"]):
+    said = turn["content"]
+    for text in _THINK_TAGS.split(said) if "think>" in said else (said,):
         yield "", text
     for call in turn.get("tool_calls", ()):
         yield ", its tool call", call["function"]["name"]

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from align.core.types import Example, TokenRow, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
+T = TypeVar("T")
 _TOGETHER = 2**18
 """Characters that are tokenized in one call."""
 
@@ -60,17 +60,24 @@ def num_shared(one: Sequence[int], other: Sequence[int]) -> int:
 def weighed_row(
     ids: Sequence[int], spans: Sequence[tuple[int, int, float]], source: str
 ) -> TokenRow:
-    """Return a row that trains its spans of tokens: (first, one after the last, weight above 0)."""
-    trained = [False] * len(ids)
-    for start, stop, weight in spans:
-        trained[start:stop] = [weight > 0.0] * (stop - start)
+    """Return a row that trains its spans of tokens: (first, one after the last, weight above 0).
+
+    The spans are in order, and apart from each other.
+    """
+    masks = [(start, stop, weight > 0.0) for start, stop, weight in spans]
+    trained = _spread(len(ids), masks, beside=False)
     # Without fractional weights the mask says everything.
-    if all(weight in (0.0, 1.0) for _, _, weight in spans):
-        return TokenRow(tuple(ids), tuple(trained), source)
-    weights = [0.0] * len(ids)
-    for start, stop, weight in spans:
-        weights[start:stop] = [weight] * (stop - start)
-    return TokenRow(tuple(ids), tuple(trained), source, weights=tuple(weights))
+    is_whole = {weight for _, _, weight in spans} <= {0.0, 1.0}
+    weights = () if is_whole else _spread(len(ids), spans, beside=0.0)
+    return TokenRow(tuple(ids), trained, source, weights=weights)
+
+
+def _spread(num: int, spans: Sequence[tuple[int, int, T]], beside: T) -> tuple[T, ...]:
+    """Return a value for each of ``num`` tokens: that of its span, or ``beside``."""
+    found: tuple[T, ...] = ()
+    for start, stop, value in spans:
+        found += (beside,) * (start - len(found)) + (value,) * (stop - start)
+    return found + (beside,) * (num - len(found))
 
 
 def plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Any:

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -55,15 +56,34 @@ def pack_rows(rows: Sequence[Any]) -> Packed:
             # A prompt has no mask: it trains nothing, one zero a token.
             parts["trained"].append(bytes(getattr(side, "trained", ())) or bytes(len(ids)))
             parts["lengths"].append(len(ids).to_bytes(4, "little"))
-            parts["weights"].append(array("d", weights).tobytes())
+            if weights:
+                parts["weights"].append(array("d", weights).tobytes())
             parts["weighed"].append(b"\1" if weights else b"\0")
         # What is left of a row without its tokens: sources, labels, margins.
         plain = is_plain(row)
-        shell = record(TokenRow((), (), row.source) if plain else _shell(row))
+        shell = _plain_record(row.source) if plain else record(_shell(row))
         parts["shells"].append(shell)
         parts["shell_sizes"].append(len(shell).to_bytes(4, "little"))
         parts["plain"].append(b"\1" if plain else b"\0")
     return {name: b"".join(found) for name, found in parts.items()}
+
+
+def _plain_record(source: str) -> bytes:
+    """Return the record of a plain row without its tokens, of which only the source differs."""
+    data = source.encode("utf-8", "surrogatepass")
+    # Nothing else in a record looks like a longer source.
+    if len(data) < 16:
+        return record(TokenRow((), (), source))
+    start, end = _around_source(len(data))
+    return start + data + end
+
+
+@lru_cache(maxsize=256)
+def _around_source(size: int) -> tuple[bytes, bytes]:
+    """Return a plain row's record before and after a source of ``size`` bytes."""
+    # From the right: before the source is its length, which may look like a part of it.
+    start, _, end = record(TokenRow((), (), "-" * size)).rpartition(b"-" * size)
+    return start, end
 
 
 def is_plain(row: object) -> bool:

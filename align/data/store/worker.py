@@ -4,6 +4,7 @@ It gets ranges of a file of examples on its standard input and answers with colu
 output; it ends when its input does.
 """
 
+import gc
 import logging
 import os
 import pickle
@@ -66,6 +67,9 @@ def main() -> None:
         with nullcontext() if keeps_torch else as_if_absent("torch"):
             render, path = pickle.load(sys.stdin.buffer)
         examples = Column(Path(path))
+        # Collections within a chunk mostly look through what was imported, and find nothing.
+        gc.freeze()
+        gc.disable()
         while True:
             try:
                 job = pickle.load(sys.stdin.buffer)
@@ -73,6 +77,7 @@ def main() -> None:
                 return
             pickle.dump(tokenized(job, examples, render), out, protocol=5)
             out.flush()
+            gc.collect()
 
 
 if __name__ == "__main__":
