@@ -13,7 +13,7 @@ _POLL_S = 0.2
 
 @contextmanager
 def held(path: Path, *, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file inside the block; its folder is made.
+    """Lock a file inside the block; its folder is made.
 
     On a file system without locks the block runs at once, so it must also be right then.
 
