@@ -362,7 +362,8 @@ def tell_generation(path: str, model: PreTrainedModel, tokenizer: PreTrainedToke
         path,
         ", ".join(given),
     )
-    for stop in dict.fromkeys([tokenizer.eos_token_id, *_ids(config.eos_token_id)]):
+    stops: list[Any] = [tokenizer.eos_token_id, *_ids(config.eos_token_id)]
+    for stop in dict.fromkeys(stops):
         if names := [name for name in given if stop in _suppressed(given[name], name)]:
             log.warning(
                 "%s: %s in its settings for generation suppresses the stop token %s (%d), so that "
