@@ -77,6 +77,8 @@ def _shared(work: Mapping[str, Any]) -> dict[str, Any]:
             "warmup_frac": 0.0,
         },
         "max_lost_frac": 0.0,
+        # TRL's sides save nothing either.
+        "checkpoint_every": 0,
         **work["settings"],
     }
 

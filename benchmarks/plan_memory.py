@@ -98,7 +98,8 @@ def recipe_of(folder: Path, run: Run) -> dict[str, object]:
     base = {"kind": "base", "path": str(folder / "model"), "tokenizer": {"chat_template": "plain"}}
     sft = {
         **{"kind": "sft", "init": "base", "data": [{"path": str(folder / "rows.jsonl")}]},
-        **{"steps": 2, "batch_size": 16, "max_length": 64, "micro_tokens": 256},
+        # Two micro-batches a rank: the gradients of the first are there while the second is run.
+        **{"steps": 2, "batch_size": 8 * run.ranks, "max_length": 64, "micro_tokens": 256},
         **{"ranks": run.ranks, "zero": {"stage": run.stage}, "checkpoint_every": 1},
     }
     return {"name": "memory", "dtype": "float32", "stages": {"base": base, "sft": sft}}
