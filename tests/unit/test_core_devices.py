@@ -257,5 +257,7 @@ def test_ranks_wait_for_each_other_for_hours(monkeypatch):
 @pytest.mark.parametrize("told", ["an hour", "0", "-5", "1.5"])
 def test_invalid_wait_limit_is_named_before_the_ranks_join(monkeypatch, told):
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", told)
+    # Another test of this process may have joined.
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
     with pytest.raises(DeviceError, match=f"DEEPSPEED_TIMEOUT={told} is not a positive whole"):
         distributed.init_process_group()

@@ -88,7 +88,7 @@ def test_what_the_stage_would_refuse_is_named_by_its_line_and_key(
         (b"[1]", "expected an object with named fields"),
         (b'{"messages": "\xff"}', "byte 0xff is not UTF-8"),
         (b'{"messages": [], "messages": []}', "key 'messages' appears twice"),
-        (b"[" * 10**5, "broken JSON"),
+        (b"[" * 10**5, "lists and objects nested more than 100 deep"),
         (b'"' + b"a" * 2**22 + b'"', "longer than 4194304 bytes"),
         (b'{"prompt": "a", "completion": "b"}', "'messages'"),
     ],
