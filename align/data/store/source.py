@@ -149,7 +149,9 @@ def _large_files(spec: DataSpec, *, kind: Kind, render: Render) -> list[Path]:
 
 def _given(render: Render) -> tuple[Any, ...]:
     """Return what a renderer was given before it gets an example."""
-    return render.args if isinstance(render, partial) else (getattr(render, "__self__", None),)
+    if isinstance(render, partial):
+        return (*render.args, *render.keywords.values())
+    return (getattr(render, "__self__", None),)
 
 
 def _tokenizer_of(render: Render) -> Any:
