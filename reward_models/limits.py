@@ -131,7 +131,7 @@ class _Block:
         self._memory.close()
 
 
-_TICKS = 10
+_TICKS = 100
 """Ticks in the time of one row."""
 _ROWS_PER_LIMIT = 64
 """Number of rows after which a block reads the size of the process again."""
@@ -142,7 +142,7 @@ _block: _Block | None = None
 def many_rows() -> Iterator[None]:
     """Set up the limits of templates once for the rows of the block, in the main thread.
 
-    Setting them up for each row takes longer than rendering it. A row may run for a tenth longer.
+    Setting them up for each row takes longer than rendering it. A row may run for a hundredth more.
     """
     global _block
     if _block is not None or threading.current_thread() is not threading.main_thread():

@@ -18,6 +18,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from align.core.storage import user_caches
+
 log = logging.getLogger(__name__)
 IDLE_S = 600.0
 """A lock in a folder shared with other machines is stale after this time without a change."""
@@ -43,7 +45,7 @@ def build_folder() -> Path:
     # Beside the environment that they were built for; a system-wide one is not writable.
     home = Path(sys.prefix)
     if not os.access(home, os.W_OK):
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        home = user_caches()
     return home / "align-extensions" / key
 
 

@@ -36,6 +36,11 @@ WAIT_S = 600.0
 POLL_S = 1.0
 
 
+def user_caches() -> Path:
+    """Return the folder of this user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def write_patiently(
     write: Callable[[], T], *, folder: Path, needed: int, stop: Callable[[], bool]
 ) -> T:

@@ -207,7 +207,15 @@ def test_folders_and_patterns_have_their_files_splits_and_removals(bucket: Any) 
     assert held.prompt == "test-0"
     copied = {path.name for path in remote.downloads().rglob("*.*") if path.is_file()}
     assert {"README.md", ".hidden.jsonl"}.isdisjoint(copied)
-    # What is no longer there is read no more.
+    # What is no longer there is read no more, neither from a folder nor by a pattern.
+    pattern = "memory://box/*/data/train-*.jsonl"
+    assert prompts(pattern) == ["train-0", "train-1"]
+    bucket.rm("/box/set/data/train-1.jsonl")
+    anew()
+    assert prompts(pattern) == ["train-0"]
+    bucket.pipe("/box/set/data/train-1.jsonl", lines("train-1"))
+    anew()
+    assert prompts(f"{url}:train") == ["train-0", "train-1"]
     bucket.rm("/box/set/data/train-1.jsonl")
     anew()
     assert prompts(f"{url}:train") == ["train-0"]

@@ -16,8 +16,8 @@ from align.data.formats.turns import plain_name, shown
 from align.recipe.schema.formats import ASKED, FORMATS, Kind
 
 QUESTION_TEXTS = ("input", "context", "documents", "choices", "options")
-SYSTEM = ("system", "system_prompt", "system_message")
 """Text of the question that only some formats can represent."""
+SYSTEM = ("system", "system_prompt", "system_message")
 _SAID = (*ASKED, "completion", "response", "output")
 """Columns that may hold another question or answer than the one that is trained."""
 _READ = ("document", "article", "passage", "passages", "paragraph", "background", "preamble")

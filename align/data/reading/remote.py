@@ -11,15 +11,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from align.core.errors import DataError
 from align.core.locks import held
-from align.core.storage import storage_problem
+from align.core.storage import storage_problem, user_caches
 
 log = logging.getLogger(__name__)
 PLACE = "ALIGN_DOWNLOADS"
@@ -52,7 +53,7 @@ def downloads() -> Path:
     """Return the folder of all copies."""
     if given := os.environ.get(PLACE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align" / "files"
+    return user_caches() / "align" / "files"
 
 
 def check_url(url: str) -> None:
@@ -81,12 +82,14 @@ def local_copy(url: str, *, wanted: Callable[[Path], object]) -> str:
             listed = _listed(system, remote, wanted)
         # File systems raise errors of several libraries.
         except Exception as error:
-            if not _has_copy(target):
+            if not _copies(target):
                 raise _unreadable(url, _told(error)) from error
             log.warning("%s: cannot be reached; its copy %s is used: %s", url, target, _told(error))
         else:
             files = {downloads() / _mirrored(url, file.name): file for file in listed}
-            _remove_others(target, files)
+            # A folder or a pattern stands for what is there now.
+            for gone in set(_copies(target)) - files.keys():
+                gone.unlink(missing_ok=True)
             for copy, file in files.items():
                 _bring(file, copy)
         _found[url] = str(target)
@@ -159,17 +162,11 @@ def _mirrored(url: str, remote: str) -> Path:
     return Path(protocol, *filter(None, [host]), *names[:-1], *chosen, *names[-1:])
 
 
-def _has_copy(target: Path) -> bool:
-    """Return whether a file, a folder or a pattern has files on this machine."""
-    return any(target.parent.glob(target.name)) if "*" in target.name else target.exists()
-
-
-def _remove_others(target: Path, copies: Container[Path]) -> None:
-    """Remove the copies of files that are no longer in a folder."""
-    if target not in copies and target.is_dir():
-        for path in target.rglob("*"):
-            if path.is_file() and not path.name.startswith(".") and path not in copies:
-                path.unlink()
+def _copies(target: Path) -> list[Path]:
+    """Return the copies that a file, a folder or a pattern on this machine stands for."""
+    found = map(Path, glob(str(target), recursive=True)) if "*" in str(target) else [target]
+    inside = (path for place in found for path in (place, *place.rglob("*")))
+    return [path for path in inside if path.is_file() and not path.name.startswith(".")]
 
 
 def _bring(file: _File, copy: Path) -> None:

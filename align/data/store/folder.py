@@ -17,7 +17,7 @@ from typing import Any
 from align.core.artifacts import read_json_object
 from align.core.errors import AlignError, DataError
 from align.core.locks import held
-from align.core.storage import storage_problem
+from align.core.storage import storage_problem, user_caches
 
 log = logging.getLogger(__name__)
 PLACE = "ALIGN_CACHE"
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     """Return the folder of all stores."""
     if given := os.environ.get(PLACE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align" / "rows"
+    return user_caches() / "align" / "rows"
 
 
 def open_or_build(key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
